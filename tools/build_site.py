@@ -56,14 +56,15 @@ class SelfContained(Site):
     def render_page(self, page):
         super().render_page(page)
         page.env['math'] = False  # no KaTeX from a CDN: the formulas are MathML
-        if mute_picture.search(page.html): self.warn(f'{page.src}: a picture without alternative text; give its cell a line `#| fig-alt: ...`')
+        if mute_picture.search(page.html): self.warn(f'{page.src}: a picture without alternative text; give its cell a `#| fig-alt: ...`')
         page.html = formula.sub(partial(self.mathml, page), page.html)
         page.html = scroller.sub(r'<\1 tabindex="0"', page.html)  # what scrolls sideways must do so from the keyboard
         page.html = table.sub(r'<div class="table-responsive" tabindex="0">\g<0></div>', page.html)
 
     def mathml(self, page, m):
-        res = convert(html.unescape(m[2]), display=dict(inline='inline', display='block')[m[1]]).replace('&#x0007E;', '&#x0223C;')  # a true \\sim
-        if '\\' in res: self.warn(f'{page.src}: latex2mathml does not know a command in {m[2]}')
+        res = convert(html.unescape(m[2]), display='inline' if m[1]=='inline' else 'block')
+        res = res.replace('<mi>&#x0007E;</mi>', '<mo>&#x0223C;</mo>')  # its \sim is a tilde, and no relation
+        if '\\' in res or '<mi>&</mi>' in res: self.warn(f'{page.src}: latex2mathml does not know a command of {m[2]}')
         return f'<span class="math {m[1]}">{res}</span>'
 
     def copy_assets(self, nav):
