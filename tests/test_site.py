@@ -60,7 +60,7 @@ def tab(browser, complaints=None, **kwargs):
     page = context.new_page()
     if complaints is not None:
         page.on('request', lambda o: o.url.startswith(('http://127.0.0.1:', 'data:')) or complaints.append(f'{page.url} asks for {o.url}'))
-        page.on('response', lambda o: o.ok or complaints.append(f'{page.url}: {o.status} for {o.url}'))
+        page.on('response', lambda o: o.status<400 or complaints.append(f'{page.url}: {o.status} for {o.url}'))
         page.on('console', lambda o: o.type in ('error', 'warning') and complaints.append(f'{page.url}: {o.text}'))
         page.on('pageerror', lambda o: complaints.append(f'{page.url}: {o}'))
     yield page
@@ -92,7 +92,7 @@ def walk(browser, site):
     for name,size in dict(phone=phone, desk=desk).items():
         with tab(browser, complaints, viewport=size) as page:
             for o in site.pages:
-                page.goto(site.url + o, wait_until='networkidle')
+                page.goto(site.url + o)
                 found[name,o] = page.evaluate(facts)
     return found, complaints
 
@@ -144,16 +144,16 @@ def test_search_finds_and_opens(browser, site, size):
         page.get_by_label('Search', exact=True).fill('MixUpCallback')
         page.locator('.search-result').first.click()
         page.wait_for_url('**/api/*.html#mixupcallback')
-        expect(page.get_by_role('heading', name='MixUpCallback')).to_be_in_viewport()
+        expect(page.locator('h3#mixupcallback')).to_be_in_viewport()
 
 def test_copy_button(browser, site):
     with tab(browser, viewport=desk, permissions=['clipboard-read', 'clipboard-write']) as page:
         page.goto(site.url)
-        block = page.locator('main div.sourceCode').first
+        block = page.locator('main :has(> .code-copy-button)').first
         block.hover()
         block.locator('.code-copy-button').click()
         expect(block.locator('.code-copy-button-checked')).to_be_visible()
-        assert page.evaluate('navigator.clipboard.readText()').strip()==block.locator('code').inner_text().strip()
+        assert page.evaluate('navigator.clipboard.readText()').strip()==block.locator('code').inner_text().strip()!=''
 
 def test_dark_mode_switches_and_stays(browser, site):
     def background(): return page.evaluate("getComputedStyle(document.body).backgroundColor")
