@@ -20,7 +20,8 @@ sessions = {
 def main(session, env):
     def sh(*command):
         print('+', *command, flush=True)
-        run(command, cwd=root, env={**os.environ, 'PATH': f"{env}/bin:{os.environ['PATH']}"}, check=True)
+        code = run(command, cwd=root, env={**os.environ, 'PATH': f"{env}/bin:{os.environ['PATH']}"}).returncode
+        if code: sys.exit(code)
     sh(sys.executable, '-m', 'venv', '--clear', env)
     for packages in sessions[session]: sh(f'{env}/bin/pip', 'install', '-q', *packages)
     sh(f'{env}/bin/pytest')
