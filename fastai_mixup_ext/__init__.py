@@ -1,1 +1,14 @@
+"mixup and its family for any fastai `Learner`: any data, any loss, exact"
+
 __version__ = "0.1.0"
+
+from .callback import CutMixCallback, FMixCallback, MixCallback, MixUpCallback, ResizeMixCallback
+from .losses import mixed_loss
+from .mix import Mix, blend
+from .pairing import across_class, by_target_distance, deranged, shuffled, within_class
+from .recipes import Recipe, cutmix, fmix, mixup, one_of, per_batch, resizemix
+from .schedules import until
+
+__all__ = ['MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback', 'MixCallback', 'Mix', 'blend', 'mixed_loss',
+           'Recipe', 'mixup', 'cutmix', 'fmix', 'resizemix', 'one_of', 'per_batch', 'until',
+           'shuffled', 'deranged', 'within_class', 'across_class', 'by_target_distance']
