@@ -104,7 +104,9 @@ class MixCallback(Callback):
         module = self._draw_place()
         if module is not None: self._batch.place = Place(self.learn.model, module, lambda: self.learn.xb, self._mix_output)
         else:
-            self._draw(x)
+            self._batch.mix = self.draw(x, self.learn.yb)
+            if _sorts_by_length(self.learn.model): self._sort()
+            self._mix_targets()
             self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
 
     def after_pred(self):
@@ -165,7 +167,7 @@ def _generator(self:MixCallback, device):
     return self._gens[str(device)]
 
 @patch
-def _progress(self:MixCallback): return min(max(float(self.learn.pct_train), 0.), 1.)
+def _progress(self:MixCallback): return min(max(float(getattr(self.learn, 'pct_train', 0.)), 0.), 1.)
 
 @patch
 def _chosen(self:MixCallback):
@@ -182,15 +184,23 @@ def _draw_place(self:MixCallback):
     return places[0] if len(places)==1 else places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
 @patch
-def _draw(self:MixCallback, x):
-    "Draw the mix of the rows of `x`; blend or paste the targets if that will do"
-    b,learn,yb = self._batch,self.learn,self.learn.yb
-    numbers = all(map(_is_number, yb)) or _takes_numbers(learn.loss_func)
-    recipe = self.recipe if numbers or by_row(learn.loss_func) else per_batch(self.recipe)
-    b.mix = recipe(x, yb, pair=self.pair, progress=self._progress(), generator=self._generator(x.device))
-    if self.at is None and _sorts_by_length(learn.model): self._sort()
-    targets = mixed_targets(learn.loss_func, learn.yb, b.mix) if len(yb) else None
-    if targets is not None: b.blended,b.floated,learn.yb = True,not all(map(_is_number, yb)) and numbers,targets
+def draw(self:MixCallback,
+    x:Tensor, # (n, ...) the inputs, or what comes out at a place
+    yb:tuple # The targets
+)->Mix:
+    "A mix for these rows; with one lam, if the loss can't be taken apart into rows"
+    loss_func = self.learn.loss_func
+    recipe = self.recipe if all(map(_is_number, yb)) or _takes_numbers(loss_func) or by_row(loss_func) else per_batch(self.recipe)
+    return recipe(x, yb, pair=self.pair, progress=self._progress(), generator=self._generator(x.device))
+
+@patch
+def _mix_targets(self:MixCallback):
+    "Blend or paste the targets if that will do"
+    yb = self.learn.yb
+    targets = mixed_targets(self.learn.loss_func, yb, self.mix) if len(yb) else None
+    if targets is None: return
+    self._batch.blended,self._batch.floated = True,any(_is_number(t) and not _is_number(y) for t,y in zip(targets, yb))
+    self.learn.yb = targets
 
 @patch
 def _sort(self:MixCallback):
@@ -200,7 +210,8 @@ def _sort(self:MixCallback):
 @patch
 def _mix_output(self:MixCallback, out):
     "The output of a place, mixed"
-    self._draw(_first(out))
+    self._batch.mix = self.draw(_first(out), self.learn.yb)
+    self._mix_targets()
     return mix_input(out, self.mix, name=f'the output of {type(self._batch.place.module).__name__}')
 
 @patch
