@@ -1,0 +1,48 @@
+"""Measure, print every table, and write `results.json` and the plots"""
+import json
+from pathlib import Path
+import pandas as pd
+import torch
+from fastcore.script import call_parse
+from fastai.torch_core import set_seed
+from .measure import about
+from .plots import draw_plots
+from .sections import Run, sections
+
+here = Path(__file__).parent
+
+def show(rows):
+    "A table as text: a figure with its quartiles in one column"
+    df = pd.DataFrame(rows)
+    if 'low' in df:
+        k = df.columns[df.columns.get_loc('low')-1]
+        df[k] = [f'{v:.2f} ({l:.2f}–{h:.2f})' for v,l,h in zip(df[k], df.low, df.high)]
+    return df.drop(columns=['low', 'high', 'values', 'relative'], errors='ignore').to_string(index=False, float_format='%.2f')
+
+@call_parse
+def main(
+    only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, gpu; all by default
+    quick:bool=False, # Small shapes and two rounds: does everything run?
+    device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
+    threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy
+    rounds:int=25, # Figures taken of each contender
+    out:Path=here # Folder for results.json and the plots
+):
+    "Measure what mixing costs, beside every peer"
+    chosen = only.split(',') if only else list(sections)
+    unknown = set(chosen)-set(sections)
+    if unknown: raise SystemExit(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
+    torch.set_num_threads(threads)
+    run = Run(device, 2 if quick else rounds, quick)
+    path = out/'results.json'
+    results = json.loads(path.read_text()) if only and path.exists() else {}
+    for k in chosen:
+        set_seed(42)
+        before = about(device)
+        for table,rows in sections[k](run).items():
+            results[table] = dict(title=sections[k].__doc__, about=before, rows=rows)
+            print(f"\n{table}: {sections[k].__doc__}\n{show(rows)}")
+        print('   '.join(f'{k} {v}' for k,v in before.items()))
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
+    draw_plots(results, out)

@@ -1,0 +1,229 @@
+"""What is measured: each section returns tables, and a table is a list of records"""
+from dataclasses import dataclass
+from functools import partial
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from types import SimpleNamespace
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastcore.basics import noop
+from fastai_mixup_ext import MixUpCallback, blend, cutmix, fmix, mixed_loss, mixup, one_of, per_batch, resizemix
+from . import peers
+from .measure import alternate, peak_bytes, slope, spread, traffic
+
+@dataclass
+class Run:
+    "How to measure"
+    device:str='cpu'
+    rounds:int=25
+    quick:bool=False  # small shapes: does everything run?
+
+    def some(self, cases): return cases[:1] if self.quick else cases
+    def time(self, fs, **kwargs): return alternate(fs, self.rounds, self.device, **kwargs)
+    def rand(self, *shape): return torch.rand(*shape, device=self.device)
+    def labels(self, high, *shape): return torch.randint(0, high, shape, device=self.device)
+
+    def inputs(self, *shape):
+        "Inputs to take in turn: on a GPU more than its cache holds"
+        x = self.rand(*shape)
+        return [x] if self.device=='cpu' else [x, *(self.rand(*shape) for _ in range(min(16, 2**28//x.nbytes)))]
+
+def name(shape): return '×'.join(map(str, shape))
+
+# The callback in a fit
+
+class First(nn.Module):
+    "The first values of each row: a model that costs next to nothing"
+    def __init__(self, n=32, classes=10):
+        super().__init__()
+        self.n,self.head = n,nn.Linear(n, classes)
+    def forward(self, x): return self.head(x.flatten(1)[:,:self.n])
+
+def learner(run, shape, steps, cbs=(), model=None):
+    "A learner over `steps` ready batches of random inputs, without validation"
+    xs,model = run.inputs(*shape),First() if model is None else model
+    batches = [(xs[i%len(xs)], run.labels(10, shape[0])) for i in range(steps)]
+    learn = Learner(DataLoaders(batches, [], device=torch.device(run.device)), model.to(run.device), CrossEntropyLossFlat(), lr=1e-4, cbs=cbs)
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+callbacks = {'none': lambda: [], 'fastai': lambda: [MixUp()], 'ours': lambda: [MixUpCallback()]}
+cost_cases = [(64,3,32,32), (64,3,128,128), (64,3,224,224), (64,40), (64,1,1000)]
+
+def callback(run):
+    "The callback's cost per training step: a fit with it minus a fit without, over fastai's"
+    rows = []
+    for shape in run.some(cost_cases):
+        steps = 3 if run.quick else 20
+        fits = {k:learner(run, shape, steps, cbs()) for k,cbs in callbacks.items()}
+        took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0)
+        cost = {k:took[k]-took['none'] for k in ('fastai', 'ours')}
+        rows.append(dict(batch=name(shape), **spread(cost['ours']/np.maximum(cost['fastai'], 1e-9), 'ours/fastai')))
+    return {'callback': rows}
+
+# Mixing alone
+
+mixing_cases = [(64,40), (64,3,32,32), (64,3,64,64), (64,3,128,128), (64,3,224,224)]
+growth_cases = {'batch': [(n,3,64,64) for n in (16, 32, 64, 128, 256, 512)], 'size': [(64,3,s,s) for s in (32, 64, 96, 128, 192, 256)]}
+
+def contenders(run, shape, makers):
+    "Functions of the number of the call, beside a copy to fresh memory and one to existing memory"
+    xs,y = run.inputs(*shape),run.labels(10, shape[0])
+    out = torch.empty_like(xs[0])
+    fs = {'clone': lambda x, y: x.clone(), 'copy into existing memory': lambda x, y: out.copy_(x), **makers}
+    return {k:lambda i, f=f: f(xs[i%len(xs)], y) for k,f in fs.items()},xs[0].nbytes
+
+def over_clone(run, shape, makers):
+    fs,size = contenders(run, shape, makers)
+    took = run.time(fs)
+    return [dict(batch=name(shape), who=k, **spread(took[k]/took['clone'], 'time/clone'), counted=traffic(lambda: fs[k](0))/size,
+        gb_s=traffic(lambda: fs[k](0))/float(np.median(took[k]))/1e9) for k in fs]
+
+def pictures_only(makers, shape): return makers if len(shape)==4 else {k:v for k,v in makers.items() if k not in ('torchvision', 'kornia')}
+
+def mixing(run):
+    "Mixing inputs, with its draws; the counted bytes are in batches"
+    mine = {'ours': peers.ours(mixup()), 'ours, fresh memory': peers.ours(mixup(), reuse=False)}
+    rows = [r for shape in run.some(mixing_cases) for r in over_clone(run, shape, pictures_only({**mine, **peers.mixups()}, shape))]
+    growth = []
+    for by,shapes in growth_cases.items():
+        shapes = shapes[:2] if run.quick else shapes
+        fs = {'clone': lambda x, y: x.clone(), **mine, 'fastai': peers.mixups()['fastai']}
+        cases = {(k,shape):contenders(run, shape, {k:f})[0][k] for shape in shapes for k,f in fs.items()}
+        took = run.time(cases, least=.001)
+        sizes = [np.prod(s) for s in shapes]
+        for k in fs:
+            times = [np.median(took[k,s]) for s in shapes]
+            growth.append(dict(by=by, who=k, slope=slope(sizes, times), values=[int(s) for s in sizes], relative=[float(t/np.median(took['clone',shapes[0]])) for t in times]))
+    return {'mixing': rows, 'growth': growth}
+
+# The loss of a mix
+
+loss_cases = [((64,10), ()), ((64,1000), ()), ((64,50000), ()), ((8,21,128,128), (128,128))]
+
+def _fastai_pair(loss_func, pred, y, mix):
+    "fastai's own code; it has one lam per row and fails on masks, so that they get theirs position by position"
+    cb = MixUp()
+    cb.learn,cb.old_lf,cb.yb1 = SimpleNamespace(training=True),loss_func,(y[mix.partner],)
+    cb.lam = mix.lam if y.dim()==1 else mix.lam.repeat_interleave(y[0].numel())
+    return cb.lf(pred, y)
+
+def _soft_targets(loss_func, pred, y, mix):
+    "What most libraries do: one-hot labels, mixed"
+    hot = F.one_hot(y, pred.shape[1]).to(pred.dtype)
+    return F.cross_entropy(pred, blend(hot.movedim(-1, 1), mix))
+
+def loss(run):
+    "The mixed loss over the plain one; memory in predictions, beyond the prediction itself"
+    ways = {'plain': lambda f, pred, y, mix: f(pred, y), "fastai's pair": _fastai_pair, 'soft targets': _soft_targets, 'ours': mixed_loss}
+    rows = []
+    for shape,positions in run.some(loss_cases):
+        pred,y = run.rand(*shape).requires_grad_(),run.labels(shape[1], shape[0], *positions)
+        mix,f = mixup()(pred, y),CrossEntropyLossFlat(axis=1 if positions else -1)
+        forward = {k:lambda i, w=w: w(f, pred, y, mix) for k,w in ways.items()}
+        both = {k:lambda i, w=w: torch.autograd.grad(w(f, pred, y, mix), pred) for k,w in ways.items()}
+        took = run.time({**{(k,'forward'):v for k,v in forward.items()}, **{(k,'both'):v for k,v in both.items()}})
+        for k in ways:
+            rows.append(dict(prediction=name(shape), who=k, **spread(took[k,'both']/took['plain','both'], 'forward+backward'),
+                forward=float(np.median(took[k,'forward']/took['plain','forward'])), memory=peak_bytes(lambda: both[k](0), run.device)/pred.nbytes))
+    return {'loss': rows}
+
+# Memory
+
+def memory(run):
+    "The most memory of a fit beyond that of a fit without mixing, in batches"
+    rows = []
+    for shape in run.some([(64,3,32,32), (64,3,224,224)]):
+        size = run.rand(*shape).nbytes
+        for model,make in {'next to none': First, 'convolution': lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), First())}.items():
+            fits = {k:learner(run, shape, 4, cbs(), make()) for k,cbs in callbacks.items()}
+            peak = {k:peak_bytes(lambda: o.fit(1), run.device) for k,o in fits.items()}
+            rows.append(dict(batch=name(shape), model=model, fastai=(peak['fastai']-peak['none'])/size, ours=(peak['ours']-peak['none'])/size))
+    return {'memory': rows}
+
+# Cut methods
+
+def cut(run):
+    "Cut methods, with their draws, over a copy to fresh memory"
+    mine = {'ours': cutmix(), 'ours, one box for the batch': per_batch(cutmix()), 'ours: fmix': fmix(), 'ours: resizemix': resizemix()}
+    rows = [r for shape in run.some([(64,3,32,32), (64,3,128,128), (64,3,224,224)])
+        for r in over_clone(run, shape, {**{k:peers.ours(o) for k,o in mine.items()}, **peers.cutmixes()})]
+    return {'cut': rows}
+
+# Real training
+
+def _digits(run):
+    from sklearn.datasets import load_digits
+    x,y = load_digits(return_X_y=True)
+    x,y = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8)/16,torch.tensor(y)
+    return list(zip(x.to(run.device).split(64), y.to(run.device).split(64)))
+
+def _convnet():
+    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+def training(run):
+    "An epoch with mixing over an epoch without"
+    from torchvision.models import resnet18, resnet50
+    cases = {'digits, small convnet': lambda cbs: _with_batches(learner(run, (64,1,8,8), 1, cbs, _convnet()), _digits(run)),
+        'resnet18, 64×3×128×128': lambda cbs: learner(run, (64,3,128,128), 2, cbs, resnet18(num_classes=10))}
+    if run.device!='cpu': cases['resnet50, 64×3×224×224'] = lambda cbs: learner(run, (64,3,224,224), 20, cbs, resnet50(num_classes=10))
+    rows = []
+    for case,make in list(cases.items())[:1 if run.quick else None]:
+        fits = {k:make(cbs()) for k,cbs in callbacks.items()}
+        took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0)
+        rows += [dict(epoch=case, who=k, **spread(took[k]/took['none'], 'time/none')) for k in fits]
+    return {'training': rows}
+
+def _with_batches(learn, batches):
+    learn.dls.loaders[0] = batches
+    return learn
+
+# torch.compile
+
+def compiled(run):
+    "Draw, blend and mixed loss: compiled over not compiled"
+    rows = []
+    recipes = {'mixup': mixup(), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(), 'one_of': one_of(mixup(), cutmix())}
+    for shape in run.some([(64,3,32,32), (64,3,128,128)]):
+        x,y,w = run.rand(*shape),run.labels(10, shape[0]),run.rand(shape[1]*4, 10).requires_grad_()
+        for k,recipe in list(recipes.items())[:1 if run.quick else None]:
+            def step(x, y, recipe=recipe):
+                mix = recipe(x, y)
+                return mixed_loss(F.cross_entropy, blend(x, mix).flatten(2)[:,:,:4].flatten(1) @ w, y, mix)
+            torch._dynamo.reset()
+            fast = torch.compile(step)
+            took = run.time({'eager': lambda i: step(x, y), 'compiled': lambda i: fast(x, y)})
+            rows.append(dict(batch=name(shape), recipe=k, **spread(took['compiled']/took['eager'], 'compiled/eager')))
+    return {'compiled': rows}
+
+# Only on a GPU
+
+class NoSync(MixUpCallback):
+    "An error where an event of ours waits for the device"
+    def __call__(self, event_name):
+        torch.cuda.set_sync_debug_mode('error')
+        try: super().__call__(event_name)
+        finally: torch.cuda.set_sync_debug_mode('default')
+
+def gpu(run):
+    "Kernels of one mixing; our callback fits without waiting for the device, or it fails"
+    if run.device=='cpu': return {}
+    learner(run, (64,3,224,224), 3, [NoSync()]).fit(1)
+    x,y = run.rand(64, 3, 224, 224),run.labels(10, 64)
+    return {'kernels': [dict(who=k, kernels=_kernels(partial(f, x, y))) for k,f in {'ours': peers.ours(mixup()), 'ours: cutmix': peers.ours(cutmix()), **peers.mixups()}.items()]}
+
+def _kernels(f):
+    f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        f()
+        torch.cuda.synchronize()
+    return sum(e.count for e in prof.key_averages() if e.device_type==torch.autograd.DeviceType.CUDA)
+
+sections = {f.__name__:f for f in (callback, mixing, loss, memory, cut, training, compiled, gpu)}
