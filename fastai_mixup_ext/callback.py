@@ -19,7 +19,7 @@ from fastcore.foundation import L
 from .embeddings import by_length, mix_input
 from .losses import by_row, mixed_loss, mixed_targets, _is_number, _takes_numbers
 from .memory import Scratch
-from .mix import Mix, _exact
+from .mix import Mix, _exact, _plain
 from .pairing import shuffled
 from .places import Place, find_places
 from .recipes import Recipe, cutmix, fmix, mixup, per_batch, resizemix
@@ -219,7 +219,7 @@ def _memory(self:MixCallback, x):
     "Memory like `x`: that of the step before, if it is free"
     self._batch.tensors += 1
     if x.dtype not in _exact: return None
-    return self._scratch.setdefault(self._batch.tensors, Scratch()).like(x.as_subclass(Tensor))
+    return self._scratch.setdefault(self._batch.tensors, Scratch()).like(_plain(x))
 
 def _sorts_by_length(model):
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it

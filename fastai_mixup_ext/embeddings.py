@@ -8,7 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/embeddings.html.md
 from __future__ import annotations
 import torch
 from torch import Tensor
-from .mix import Mix, blend, _over
+from .mix import Mix, blend, _over, _plain
 
 # %% auto #0
 __all__ = ['MixedIds', 'mix_input', 'by_length']
@@ -98,7 +98,7 @@ def mix_input(
     if x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8: return blend(x, mix, out(x))
     if mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, x) is not None: return blend(x, mix)
     other = x[mix.partner]
-    return x | other if x.dtype==torch.bool else MixedIds(x.as_subclass(Tensor), other.as_subclass(Tensor), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape))
+    return x | other if x.dtype==torch.bool else MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape))
 
 # %% ../nbs/api/06_embeddings.ipynb #length
 def by_length(

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from fastai.layers import NoneReduce
 from fastai.losses import BaseLoss, CrossEntropyLossFlat, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
-from fastcore.foundation import L
-from .mix import Mix, blend, _over, _partners
+from .mix import Mix, blend, _over, _partners, _plain
 
 # %% auto #0
 __all__ = ['mixed_targets', 'by_row', 'mixed_loss']
@@ -90,11 +89,11 @@ def _fits(spec, pred, y):
 
 def _class_pair(spec, pred, own, other, lam):
     "`lam*loss(own) + (1-lam)*loss(other)`, reduced as `spec` says; `lam` has one value per row or per position"
-    plain,axis = pred.as_subclass(Tensor),spec.axis % pred.dim()
+    plain,axis = _plain(pred),spec.axis % pred.dim()
     logp = F.log_softmax(plain, axis) if spec.logits else plain
     pos = plain.shape[:axis]+plain.shape[axis+1:]
     acc = logp.dtype if logp.dtype==torch.float64 else torch.float32
-    labels = torch.stack([own.reshape(pos), other.reshape(pos)], axis).as_subclass(Tensor).long()
+    labels = torch.stack([_plain(own).reshape(pos), _plain(other).reshape(pos)], axis).long()
     lam = lam.to(acc).reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
     counts = torch.stack([lam, 1-lam], axis) * (labels!=spec.ignore_index)
     labels = labels.where(labels!=spec.ignore_index, 0)
@@ -211,7 +210,7 @@ def mixed_loss(
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"
-    if mix.mask is None: return yb, tuple(L(yb).itemgot(mix.partner)), mix.lam
+    if mix.mask is None: return yb, tuple(y[mix.partner] for y in yb), mix.lam
     over = [_over(mix.mask, y) for y in yb]
     own = tuple(blend(y, mix) if _pasted(y, mix) else y for y in yb)
     other = tuple(o if _pasted(y, mix) else _partners(y, mix, m is not None) for y,o,m in zip(yb, own, over))

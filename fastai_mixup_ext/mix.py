@@ -47,7 +47,7 @@ def blend(
 )->Tensor: # Shape, dtype, memory format and subclass of `x`
     "Row `i` of `x` mixed with row `mix.partner[i]`; `x` itself is never written to"
     if x.dim()==0 or len(x)!=len(mix): raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
-    plain = x if type(x) is Tensor else x.as_subclass(Tensor)
+    plain = _plain(x)
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
     if own is None: own = mix.lam.view(-1, *[1]*(x.dim()-1))
@@ -56,6 +56,8 @@ def blend(
     return _like(res, x)
 
 # %% ../nbs/api/00_mix.ipynb #blend-parts
+def _plain(x): return x if type(x) is Tensor else x.as_subclass(Tensor)
+
 def _over(mask, x):
     "`mask` as it lies over `x`; None where there is no mask, or `x` has no positions"
     if mask is None: return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
+from .mix import _plain
 
 # %% auto #0
 __all__ = ['shuffled', 'deranged', 'within_class', 'across_class', 'by_target_distance']
@@ -20,8 +21,12 @@ def shuffled(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random permutation of the rows: the paper's pairing"
-    if x.device.type=='cpu': return torch.randperm(len(x), generator=generator)
-    return torch.rand(len(x), device=x.device, generator=generator).argsort()
+    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(len(x), generator=generator)
+    return _uniform((len(x),), x.device, generator).argsort()
+
+def _uniform(size, device, generator):
+    "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` it can't be compiled for batches of any size"
+    return torch.empty(size, device=device, dtype=torch.float32).uniform_(generator=generator)
 
 # %% ../nbs/api/02_pairing.ipynb #deranged
 def deranged(
@@ -36,7 +41,7 @@ def deranged(
 # %% ../nbs/api/02_pairing.ipynb #labels
 def _labels(yb, policy):
     for y in (yb if isinstance(yb, (tuple, list)) else (yb,)):
-        if isinstance(y, Tensor) and y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()): return y.reshape(-1).as_subclass(Tensor)
+        if isinstance(y, Tensor) and y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()): return _plain(y.reshape(-1))
     got = [tuple(y.shape) for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor)]
     raise ValueError(f"{policy} needs an integer target with one label per row; the targets have shapes {got}. Use shuffled or deranged instead")
 
@@ -66,7 +71,7 @@ def across_class(
     "A random partner of another class; where there is none the rows pass unmixed"
     y = _labels(yb, 'across_class')
     other = y[:,None] != y
-    score = torch.rand(other.shape, device=x.device, generator=generator).masked_fill(~other, -1)
+    score = _uniform(other.shape, x.device, generator).masked_fill(~other, -1)
     return torch.where(other.any(1), score.argmax(1), torch.arange(len(x), device=x.device))
 
 # %% ../nbs/api/02_pairing.ipynb #distance
@@ -86,7 +91,7 @@ class by_target_distance:
         "Draw the partners"
         ys = [y for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor) and y.is_floating_point()]
         if not ys: raise ValueError("by_target_distance needs a floating target: it is for regression. Use shuffled or within_class for labels")
-        y = ys[0].as_subclass(Tensor).reshape(len(x), -1).float()
+        y = _plain(ys[0]).reshape(len(x), -1).float()
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
-        noise = torch.rand(log_p.shape, device=x.device, generator=generator).clamp_(min=1e-30)
+        noise = _uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
         return (log_p - (-noise.log()).log()).argmax(1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 from .mix import Mix
-from .pairing import shuffled
+from .pairing import _uniform, shuffled
 from .schedules import check_value, value_at
 
 # %% auto #0
@@ -51,7 +51,7 @@ def draw_beta(
     "Draws from Beta(alpha, alpha), right for every `alpha > 0`"
     if torch.device(device).type=='cpu' and alpha>=.01 and not torch.compiler.is_compiling():
         return torch._sample_dirichlet(torch.full((n,2), alpha, dtype=torch.float32, device='cpu'), generator=generator)[:,0]
-    u,v = torch.rand(2, n, device=device, dtype=torch.float32, generator=generator)
+    u,v = _uniform((2, n), device, generator)
     c = torch.cos(2*math.pi*v)
     return .5 + .5*c.sign()*torch.rsqrt(1 + 1/(torch.expm1(-u.log()/alpha)*c*c))
 
@@ -86,8 +86,6 @@ def _outside(lo, hi, sizes):
         inside = axis.view(len(lo), 1, *[s if i==j else 1 for j in range(d)]) & inside
     return 1-(hi-lo).prod(1).float()/math.prod(sizes), ~inside
 
-def _rand(x, d, generator): return torch.rand(len(x), d, device=x.device, dtype=torch.float32, generator=generator)
-
 def _int(x): return x.to(torch.int64)
 
 # %% ../nbs/api/04_recipes.ipynb #cutmix
@@ -102,7 +100,7 @@ class cutmix(Recipe):
     def draw(self, x, progress, generator):
         sizes,alpha = _sizes(x, 'cutmix'),value_at('alpha', self.alpha, progress)
         lam = draw_beta(len(x), alpha, x.device, generator) if alpha>0 else torch.ones(len(x), device=x.device)
-        side,centre = (1-lam)**(1/len(sizes)),_rand(x, len(sizes), generator)
+        side,centre = (1-lam)**(1/len(sizes)),_uniform((len(x), len(sizes)), x.device, generator)
         size = torch.stack([_int(side*s) for s in sizes], 1)
         lo = torch.stack([_int(centre[:,i]*s) for i,s in enumerate(sizes)], 1) - size//2
         hi = lo+size
@@ -120,7 +118,7 @@ class resizemix(Recipe):
 
     def draw(self, x, progress, generator):
         sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
-        r = _rand(x, len(sizes)+1, generator)
+        r = _uniform((len(x), len(sizes)+1), x.device, generator)
         tau = lo+(hi-lo)*r[:,0]
         size = torch.stack([_int((tau*s).round()).clamp(1, s) for s in sizes], 1)
         start = torch.stack([_int(r[:,i+1]*(s-size[:,i]+1)).clamp(max=s-1) for i,s in enumerate(sizes)], 1)
@@ -154,7 +152,7 @@ def _low_noise(sizes, decay, device, generator):
     "White noise over `sizes` whose amplitudes fall as frequency**-decay"
     freqs = [torch.fft.fftfreq(s, device=device) for s in sizes[:-1]] + [torch.fft.rfftfreq(sizes[-1], device=device)]
     f = sum(g.square() for g in torch.meshgrid(*freqs, indexing='ij')).sqrt().clamp(min=1/max(sizes))
-    white = torch.randn(*f.shape, 2, device=device, dtype=torch.float32, generator=generator)
+    white = torch.empty(*f.shape, 2, device=device).normal_(generator=generator)
     return torch.fft.irfftn(torch.view_as_complex(white)*f**-decay, s=tuple(sizes))
 
 # %% ../nbs/api/04_recipes.ipynb #per-batch
@@ -192,7 +190,7 @@ class one_of(Recipe):
     def draw(self, x, progress, generator):
         live = [(r,w) for r,w in zip(self.recipes, self._now(progress)) if w>0]
         drawn = [_whole(r.draw(x, progress, generator), x) for r,_ in live]
-        u = torch.rand(len(x) if self.per_row else 1, device=x.device, generator=generator)*sum(w for _,w in live)
+        u = _uniform((len(x) if self.per_row else 1,), x.device, generator)*sum(w for _,w in live)
         lam,mask,box = _alike(drawn, x)
         edge = live[0][1]
         for l,m,b,w in zip(lam[1:], mask[1:], box[1:], [w for _,w in live[1:]]):

@@ -72,13 +72,14 @@ def _both(lam, a, b):
     return a if a==b else f'{lam:.2g} {a} + {1-lam:.2g} {b}'
 
 # %% ../nbs/api/10_show.ipynb #draw
-def _is_picture(o): return isinstance(o, Tensor) and o.dim()==3 and len(o) in (1,3) and (o.is_floating_point() or o.dtype==torch.uint8)
+def _is_picture(o): return isinstance(o, Tensor) and o.dim()==3 and len(o) in (1,3)
 
 def _show_picture(pic, ax, title, masks):
     "A picture, over it the masks, each as strong as its share"
+    pic = pic.as_subclass(Tensor).float() if pic.is_floating_point() else pic.as_subclass(Tensor)/255
     lo,hi = pic.min(),pic.max()
-    if pic.is_floating_point() and (lo<0 or hi>1): pic = (pic-lo)/(hi-lo)  # not colours: stretched to be seen
-    show_image(pic.as_subclass(Tensor), ctx=ax, title=title)
+    if lo<0 or hi>1: pic = (pic-lo)/(hi-lo)  # not colours: stretched to be seen
+    show_image(pic, ctx=ax, title=title, **(dict(cmap='gray') if len(pic)==1 else {}))
     for mask,share in masks: ax.imshow(mask, alpha=.6*share, cmap='tab20', interpolation='nearest')
 
 def _titles(a, b, targets, lam):
