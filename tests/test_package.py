@@ -1,7 +1,6 @@
-"""What the project says of itself agrees: pyproject.toml with settings.ini, modules with notebooks, imports with the layers."""
+"""What the project says of itself agrees: pyproject.toml with settings.ini, the changelog with the version, imports with the layers."""
 import ast
 import re
-import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -51,25 +50,6 @@ def test_settings_match_pyproject():
 
 def test_changelog_has_the_version():
     assert f'\n## [{fastai_mixup_ext.__version__}]' in (root/'CHANGELOG.md').read_text()
-
-@pytest.fixture
-def bare(tmp_path):
-    "A copy of the project without the modules that nbdev writes"
-    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('_proc', '_docs', 'models', 'data'))
-    (tmp_path/package.name).mkdir()
-    for o in (root/'pyproject.toml', package/'__init__.py'): shutil.copy(o, tmp_path/o.relative_to(root))
-    return tmp_path
-
-def nbdev(command, path): subprocess.run([Path(sys.executable).with_name(f'nbdev-{command}')], cwd=path, check=True)
-
-def test_modules_are_in_step_with_notebooks(bare):
-    nbdev('export', bare)
-    fresh, ours = ({o.name: o.read_text() for o in (path/package.name).glob('*.py')} for path in (bare, root))
-    assert fresh==ours
-
-def test_notebooks_are_clean(bare):
-    nbdev('clean', bare)
-    assert not [o.name for o in (bare/'nbs').rglob('*.ipynb') if o.read_text()!=(root/o.relative_to(bare)).read_text()]
 
 @pytest.mark.parametrize('layer,module', [*enumerate(layers)])
 def test_imports_go_one_way(layer, module):
