@@ -53,7 +53,8 @@ class TripMSE(nn.MSELoss):
 
 class Raise(Callback):
     "Raises `exc` in `event`, the `nth` time that it comes; a cancelling event is brought about first"
-    lures = dict(batch='after_pred', train='after_loss', epoch='after_pred', fit='after_pred', backward='before_backward', step='before_step', validate='before_validate')
+    lures = dict(batch='after_pred', train='after_loss', epoch='after_pred', fit='after_pred', backward='before_backward',
+        step='before_step', validate='before_validate')
     def __init__(self, event, exc, order=0, nth=1):
         self.event,self.exc,self.order,self.nth = event,exc,order,nth
         kind = event.removeprefix('after_cancel_')

@@ -7,14 +7,17 @@ from fastai.callback.core import CancelBatchException, event
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
 from torch.nn import functional as F
-from common import BS, KINDS, N, Raise, TripCE, Watch, arm, armed, cancel, global_hooks, hooks_on, loaded_shapes, make_items, make_learner, make_mixer
+from common import (BS, KINDS, N, Raise, TripCE, Watch, arm, armed, cancel, global_hooks, hooks_on, loaded_shapes, make_items, make_learner,
+    make_mixer)
 from fastai_mixup_ext import MixUpCallback, mixed_loss
 
 EVENTS = [e for e in vars(event) if e.startswith(('before_', 'after_')) and e!='after_create']
-OFTEN = dict(before_batch=3, after_pred=3, after_loss=3, after_batch=3, before_backward=2, after_backward=2, before_step=2, after_step=2)  # times in an epoch
+OFTEN = dict(before_batch=3, after_pred=3, after_loss=3, after_batch=3,  # times in an epoch
+    before_backward=2, after_backward=2, before_step=2, after_step=2)
+CANCELS = 'batch', 'backward', 'step', 'train', 'validate', 'epoch', 'fit'
 OURS = b'MixedIds', b'RemovableHandle', b'_Away', b'Scratch', b'_Batch', b'places'  # what no export may name
 
-def exceptions(): return [KeyboardInterrupt('stop'), RuntimeError('stop'), MemoryError('stop'), *map(cancel, 'batch backward step train validate epoch fit'.split())]
+def exceptions(): return [KeyboardInterrupt('stop'), RuntimeError('stop'), MemoryError('stop'), *map(cancel, CANCELS)]
 
 def leave(learn, exc, **kwargs):
     "Fit until `exc`, which nothing may replace by another"
@@ -41,7 +44,8 @@ def check_export(learn, never, path, monkeypatch):
     with zipfile.ZipFile(path/'export.pkl') as z: pickled = b''.join(z.read(n) for n in z.namelist() if n.endswith('.pkl'))
     assert not [o for o in OURS if o in pickled]
 
-PLACES = [(where, order) for where in EVENTS for order in (-5, 5)] + [(where, 0) for where in ('forward', 'loss', 'backward')]  # callbacks before and after ours
+PLACES = [(where, order) for where in EVENTS for order in (-5, 5)]  # in callbacks before and after ours
+PLACES += [('forward', 0), ('loss', 0), ('backward', 0)]
 
 def leave_at(learn, where, order, exc, nth=1, cbs=()):
     raiser = Raise(where, exc, order, nth)
@@ -81,18 +85,20 @@ def test_any_exit_of_a_callback_of_one_fit(kind, tmp_path, monkeypatch):
     check_export(learn, never, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize('kept', [True, False], ids=['kept', 'fit(cbs=)'])
-@pytest.mark.parametrize('first', ['model', 'validate', 'fit'])
+@pytest.mark.parametrize('first', ['model', 'part', 'validate', 'fit'])
 def test_the_first_thing_after_an_exit(first, kept):
-    "A model that was to be mixed inside works at once, whoever calls it next"
+    "A model that was to be mixed inside works at once, whoever calls it or a part of it next"
     x = torch.stack([x for x,_ in make_items()])
     for where,order in PLACES:
         cbs = [make_mixer('place')]
         learn = make_learner('place', cbs if kept else [])
         leave_at(learn, where, order, KeyboardInterrupt('stop'), cbs=[] if kept else cbs)
-        want = F.linear(learn.model[2](learn.model[0](x)).relu(), learn.model[4].weight, learn.model[4].bias)
-        if first=='model': assert torch.equal(learn.model(x), want)
-        else: learn.validate() if first=='validate' else learn.fit(1)
-        assert not global_hooks()
+        body,_,place,_,head = learn.model
+        inside = F.linear(F.linear(x, body.weight, body.bias), place.weight, place.bias)
+        if first=='part': assert torch.equal(place(body(x)), inside), where
+        if first=='model': assert torch.equal(learn.model(x), F.linear(inside.relu(), head.weight, head.bias)), where
+        if first in ('validate', 'fit'): learn.validate() if first=='validate' else learn.fit(1)
+        if first!='part': assert not global_hooks()
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_lr_find(kind, tmp_path):
