@@ -1,4 +1,4 @@
-"""The notebooks are source, lessons and tests at once, for nbdev 3 and for nbdev 2: they run, the modules are theirs, and they are clean."""
+"""The notebooks are source, lessons and tests at once, for nbdev 3 and nbdev 2: they run, the modules are theirs, and they are clean."""
 import os
 import shutil
 import subprocess
