@@ -23,7 +23,7 @@ def main(session, env):
         code = run(command, cwd=root, env={**os.environ, 'PATH': f"{env}/bin:{os.environ['PATH']}"}).returncode
         if code: sys.exit(code)
     sh(sys.executable, '-m', 'venv', '--clear', env)
-    for packages in sessions[session]: sh(f'{env}/bin/pip', 'install', '-q', *packages)
+    for packages in sessions[session]: sh(f'{env}/bin/pip', 'install', *packages)
     sh(f'{env}/bin/pytest')
 
 if __name__=='__main__':
