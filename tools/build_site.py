@@ -33,11 +33,12 @@ web_font = re.compile(r'@import url\(https?:[^)]*\);?')
 class TableRenderer(showdoc.BasicMarkdownRenderer):
     "nbdev's entry for a symbol, with its parameters in a table below the signature instead of in comments inside it"
     def __init__(self, sym, **kwargs):
-        sym = getattr(fastai_mixup_ext, sym.__name__, sym)  # Python can't find the source of a dataclass that a notebook defines
         super().__init__(sym, maxline=72, **kwargs)
         for p in getattr(self.dm, 'dm', {}).values(): p['docment'] = None
 
-    def _repr_markdown_(self): return f'{super()._repr_markdown_()}\n\n{DocmentTbl(self.sym)}'
+    def _repr_markdown_(self):
+        exported = getattr(fastai_mixup_ext, self.nm, self.sym)  # Python can't find the source of a dataclass that a notebook defines
+        return f'{super()._repr_markdown_()}\n\n{DocmentTbl(exported)}'
 
 
 class SelfContained(Site):

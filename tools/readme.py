@@ -53,7 +53,7 @@ def readme():
     nb = read_nb('nbs/index.ipynb')
     FilterDefaults()(nb)
     head, pictures = nb.frontmatter_, {}
-    parts = [f"# {head['title']}", '<!-- Generated from nbs/index.ipynb by tools/readme.py: edit the notebook -->', f"> {head['description']}"]
+    parts = [f"# {head['title']}", '<!-- tools/readme.py makes this from nbs/index.ipynb: edit that -->', f"> {head['description']}"]
     for cell in nb.cells:
         if cell.cell_type=='markdown' and not cell.source.startswith('<!--'): parts.append(prose(cell.source).strip())
         if cell.cell_type=='code': parts += code(cell, pictures)
