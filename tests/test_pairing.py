@@ -154,3 +154,10 @@ def test_targets_are_not_written_to(pair):
     before = y.clone()
     pair(torch.zeros(5), y)
     assert (y==before).all()
+
+@pytest.mark.parametrize('pair', policies, ids=str)
+def test_draws_name_their_device(pair):
+    "Whatever torch's default is"
+    y = targets(pair, [0,0,1,1,2])
+    x = torch.zeros(5)
+    with torch.device('meta'): assert pair(x, y).device.type=='cpu'
