@@ -3,7 +3,7 @@ from functools import partial
 import pytest, torch
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import set_seed
 from scipy import stats
 from common import Watch, make_learner
@@ -14,7 +14,7 @@ LOSSES = dict(
     ce=CrossEntropyLossFlat, ce_sum=partial(CrossEntropyLossFlat, reduction='sum'), ce_ignore=partial(CrossEntropyLossFlat, ignore_index=9),
     smooth=LabelSmoothingCrossEntropyFlat, smooth_sum=partial(LabelSmoothingCrossEntropyFlat, eps=.3, reduction='sum'),
     focal=FocalLossFlat, focal_5=partial(FocalLossFlat, gamma=5.))
-BLENDED = dict(bce=BCEWithLogitsLossFlat, bce_sum=partial(BCEWithLogitsLossFlat, reduction='sum'), mse=MSELossFlat, l1=L1LossFlat)
+BLENDED = dict(bce=BCEWithLogitsLossFlat, bce_sum=partial(BCEWithLogitsLossFlat, reduction='sum'), mse=MSELossFlat)
 
 class MyCE(CrossEntropyLossFlat):
     "A user's own loss, which can be taken apart"
