@@ -13,7 +13,7 @@ from nbdev.readme_filter import doc_link
 
 root = Path(__file__).parents[1]
 folder = 'index_files'
-directive = re.compile(r'^#\|\s*(\S+?)(?::\s*(.*))?\n?', re.M)
+directive = re.compile(r'^#\| *([^\s:]+):? *(.*)\n?', re.M)
 callout = re.compile(r'^::: *\{\.callout-(\w+)[^}]*\}\n(.*?)\n:::$', re.S|re.M)
 link = re.compile(r'(?<=\]\()([^)\s]+)')
 
