@@ -63,13 +63,16 @@ def _decode(dl, b, n):
     return dl.decode(b).decode().items.head(n) if table else list(dl.decode_batch(b, max_n=n))
 
 # %% ../nbs/api/10_show.ipynb #say
+def _shares(lam): return f'{round(lam, 2):g}',f'{round(1-lam, 2):g}'
+
 def _both(lam, a, b):
     "The mix of two decoded values, as text"
+    p,q = _shares(lam)
     if isinstance(a, Tensor) and a.dim()==0: a,b = a.item(),b.item()
     if isinstance(a, float): return f'{lam*a+(1-lam)*b:.3g}'
-    if isinstance(a, Tensor): return str((lam*a+(1-lam)*b).numpy().round(2)) if a.is_floating_point() and a.numel()<20 else f'{lam:.2g} + {1-lam:.2g} of {tuple(a.shape)}'
+    if isinstance(a, Tensor): return str((lam*a+(1-lam)*b).numpy().round(2)) if a.is_floating_point() and a.numel()<20 else f'{p} + {q} of {tuple(a.shape)}'
     a,b = str(a)[:150],str(b)[:150]
-    return a if a==b else f'{lam:.2g} {a} + {1-lam:.2g} {b}'
+    return a if a==b else f'{p} {a} + {q} {b}'
 
 # %% ../nbs/api/10_show.ipynb #draw
 def _is_picture(o): return isinstance(o, Tensor) and o.dim()==3 and len(o) in (1,3)
@@ -88,7 +91,7 @@ def _titles(a, b, targets, lam):
     for ya,yb,t in zip(a, b, targets):
         if not (isinstance(ya, Tensor) and ya.dim()==2): labels.append(_both(lam, ya, yb))
         else: masks += [(yb, 1-lam), (ya, lam)] if t is None else [(t.cpu(), 1.)]
-    return ', '.join(labels) or f'{lam:.2g} + {1-lam:.2g}', masks
+    return ', '.join(labels) or ' + '.join(_shares(lam)), masks
 
 def _table(own, other, lams):
     "The mixed items as text"
