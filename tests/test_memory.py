@@ -1,5 +1,5 @@
 """The mixed batch may use the memory of the one before; whoever still holds a part of that one finds it unchanged."""
-import copy
+import copy, gc
 import pytest, torch
 from fastai.basics import Callback, CancelBackwardException, CrossEntropyLossFlat, DataLoaders, Learner, TrainEvalCallback
 from fastai.vision.core import TensorImage
@@ -149,7 +149,10 @@ def test_scratch_serves_any_size():
 
 def peak(f):
     "Bytes that `f` allocates: the most at any one time, and what is left of them"
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: kept = f()  # noqa: F841  alive until the end
+    gc.collect()  # nothing older than `f` is to be freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        kept = f()  # noqa: F841  alive until the end
+        gc.collect()
     now = torch.tensor([e.nbytes() for e in prof.profiler.kineto_results.events() if e.name()=='[memory]']+[0]).cumsum(0)
     return max(now), now[-1]
 
