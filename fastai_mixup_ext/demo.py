@@ -17,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
-import numpy as np, torch
+import numpy as np
+import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, Datasets, Learner, accuracy, default_device, set_seed
 from fastai.callback.mixup import MixUp
-from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.schedule import fit_one_cycle  # noqa: F401 patched onto Learner
 from fastai.data.transforms import Categorize, IntToFloatTensor
 from fastai.layers import ConvLayer, Flatten
 from fastai.vision.core import TensorImage
@@ -86,16 +87,20 @@ def digits(
         'zero one two three four five six seven eight nine'.split(), "scikit-learn's digits")
 
 # %% ../nbs/api/11_demo.ipynb #listing
+def _shown(folder): return [o for o in sorted(folder.iterdir()) if o.name[0]!='.']
+def _files(folder): return [f for o in _shown(folder) for f in (_files(o) if o.is_dir() else [o])]
+
 def class_files(
     folder:Path # One folder per class
 )->dict: # Class name → its files
     "The files of each class folder, or one line on why `folder` can't be learned from"
-    try: files = {d.name: [f for f in sorted(d.rglob('*')) if f.is_file() and f.name[0]!='.'] for d in sorted(folder.iterdir()) if d.is_dir() and d.name[0]!='.'}
+    try: files = {d.name: _files(d) for d in _shown(folder) if d.is_dir()}
     except OSError as e: fail(f"--data {folder}: {e.strerror}")
     if not any(files.values()): fail(f"--data {folder} holds no pictures; it needs a folder of pictures for each class")
     if len(files)<2: fail(f"--data {folder} holds only one class, {next(iter(files))!r}; it takes two to tell apart")
-    few = next((c for c,fs in files.items() if len(fs)<2), None)
-    if few is not None: fail(f"--data {folder}: class {few!r} has {len(files[few])} pictures; it needs one to train and one to validate")
+    for c,fs in files.items():
+        has = ('no pictures', '1 picture', '')[min(len(fs), 2)]
+        if has: fail(f"--data {folder}: class {c!r} has {has}; it needs one to train and one to validate")
     return files
 
 # %% ../nbs/api/11_demo.ipynb #folder
@@ -210,8 +215,8 @@ def parity(runs:list)->str:
     loss = {(r['method'],r['seed']): r['loss'] for r in runs}
     gaps = [abs(l-loss['fastai MixUp',s]) for (m,s),l in loss.items() if m=='MixUpCallback' and ('fastai MixUp',s) in loss]
     if not gaps: return ''
-    return ("On the CPU, fastai's MixUp and MixUpCallback draw the same numbers from the same seed: they agree by design, up to rounding, which grows "
-        "with training; the time differs. (On an accelerator ours draws there, so they agree on average.) "
+    return ("On the CPU, fastai's MixUp and MixUpCallback draw the same numbers from the same seed: they agree by design, "
+        "up to rounding, which grows with training; the time differs. (On an accelerator ours draws there, so they agree on average.) "
         f"Largest difference of their final losses here: {max(gaps):.1g}.")
 
 # %% ../nbs/api/11_demo.ipynb #curves
@@ -226,7 +231,7 @@ def curves(runs:list)->Figure:
             line, = ax.plot(epoch, c.mean(0), style, marker='.', label=m)
             ax.fill_between(epoch, c.min(0), c.max(0), alpha=.12, color=line.get_color())
         ax.set(title=title, xlabel='epoch')
-        ax.legend()
+    ax.legend(frameon=False)
     return fig
 
 # %% ../nbs/api/11_demo.ipynb #mixed
@@ -242,8 +247,8 @@ def mixed_batch(
 
 # %% ../nbs/api/11_demo.ipynb #html
 _css = """:root {color-scheme: light dark} body {font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem}
-table {border-collapse: collapse} th, td {text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid #8886} img {max-width: 100%; background: #fff}
-dl {display: grid; grid-template-columns: max-content auto; gap: 0 1.2rem} dd {margin: 0}"""
+table {border-collapse: collapse} th, td {text-align: left; padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid #8886}
+img {max-width: 100%; background: #fff} dl {display: grid; grid-template-columns: max-content auto; gap: 0 1.2rem} dd {margin: 0}"""
 
 def report(
     rows:list, # From `table`
@@ -254,9 +259,11 @@ def report(
     "The results as a page, with the pictures inside"
     head, *body = rows
     pics = [(H2(k), Img(src='data:image/png;base64,'+base64.b64encode(f.read_bytes()).decode(), alt=k)) for k,f in images.items()]
-    return to_xml(Html(Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Title('mixup-demo'), Style(_css)),
-        Body(H1('mixup-demo'), Table(Thead(Tr(*map(Th, head))), Tbody(*(Tr(*map(Td, row)) for row in body))), *map(P, notes), *(o for p in pics for o in p),
-            H2('Settings'), Dl(*(o for k,v in settings.items() for o in (Dt(k), Dd(str(v)))))), lang='en'))
+    grid = Table(Thead(Tr(*map(Th, head))), Tbody(*(Tr(*map(Td, row)) for row in body)))
+    made = Dl(*(o for k,v in settings.items() for o in (Dt(k), Dd(str(v)))))
+    metas = Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1')
+    return to_xml(Html(Head(*metas, Title('mixup-demo'), Style(_css)),
+        Body(H1('mixup-demo'), grid, *map(P, notes), *(o for p in pics for o in p), H2('Settings'), made), lang='en'))
 
 # %% ../nbs/api/11_demo.ipynb #write
 def write(
@@ -305,7 +312,8 @@ def finished(
     try:
         for r in runs:
             done.append(r)
-            print(f"[{len(done)}/{total}] {r['method']:13}  seed {r['seed']}  accuracy {r['accuracy']:.4f}  loss {r['loss']:.4f}  {r['seconds']:.2f} s/epoch", flush=True)
+            result = f"accuracy {r['accuracy']:.4f}  loss {r['loss']:.4f}  {r['seconds']:.2f} s/epoch"
+            print(f"[{len(done)}/{total}] {r['method']:13}  seed {r['seed']}  {result}", flush=True)
     except KeyboardInterrupt:
         print('\nStopped.', flush=True)
         if not done: raise
@@ -317,16 +325,16 @@ def _demo(data, out, epochs, seeds, alpha, size, bs, device):
     with staging(out) as tmp:
         device = pick_device(device)
         pics = digits(size or 16) if data is None else from_folder(data, size or 64)
-        n, classes, size = len(pics.y), len(pics.vocab), pics.x.shape[-1]
-        settings = dict(pictures=f"{pics.name}: {n} in {classes} classes, {size}×{size}", epochs=epochs, seeds=seeds, alpha=alpha, bs=bs, device=device,
-            versions=f"fastai_mixup_ext {__version__}, torch {torch.__version__}")
-        print(f"{settings['pictures']}, on {device}: {seeds*len(methods)} runs of {epochs} epochs", flush=True)
+        size, total = pics.x.shape[-1], seeds*len(methods)
+        what = f"{pics.name}: {len(pics.y)} in {len(pics.vocab)} classes, {size}×{size}"
+        print(f"{what}, on {device}: {total} runs of {epochs} epochs", flush=True)
         make = partial(learner, pics, bs=bs, device=device)
         mixed = mixed_batch(make(seed=0, cbs=MixUpCallback(alpha)))
-        with threads(torch.get_num_threads() if size>16 else 1): runs, complete = finished(compare(make, epochs, seeds, alpha), seeds*len(methods))
-        notes = [o for o in (parity(runs), '' if complete else f"Stopped early: {len(runs)} of {seeds*len(methods)} runs were finished.") if o]
+        with threads(torch.get_num_threads() if size>16 else 1): runs, complete = finished(compare(make, epochs, seeds, alpha), total)
+        notes = [o for o in (parity(runs), '' if complete else f"Stopped early: {len(runs)} of {total} runs were finished.") if o]
         print('', as_text(table(runs)), '', *notes, sep='\n', flush=True)
-        write(tmp, runs, mixed, notes, settings)
+        write(tmp, runs, mixed, notes, dict(pictures=what, epochs=epochs, seeds=seeds, alpha=alpha, bs=bs, device=device,
+            versions=f"fastai_mixup_ext {__version__}, torch {torch.__version__}"))
     print(f"Written to {out}: report.html, results.csv, curves.png, mixed_batch.png")
     return complete
 
