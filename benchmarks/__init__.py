@@ -1,3 +1,3 @@
 """What mixing costs, measured beside every peer: `python -m benchmarks`"""
 import os
-os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # before torch is imported: its profiler is talkative
+os.environ.update(KINETO_LOG_LEVEL='99', TORCH_CPP_LOG_LEVEL='ERROR')  # before torch is imported: its profiler is talkative

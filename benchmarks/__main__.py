@@ -7,7 +7,7 @@ from fastcore.script import call_parse
 from fastai.torch_core import set_seed
 from .measure import about
 from .plots import draw_plots
-from .sections import Run, sections
+from .sections import Run, budgets, sections
 
 here = Path(__file__).parent
 
@@ -21,7 +21,7 @@ def show(rows):
 
 @call_parse
 def main(
-    only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, gpu; all by default
+    only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
     quick:bool=False, # Small shapes and two rounds: does everything run?
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy
@@ -34,6 +34,7 @@ def main(
     if unknown: raise SystemExit(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
     torch.set_num_threads(threads)
     run = Run(device, 2 if quick else rounds, quick)
+    out.mkdir(parents=True, exist_ok=True)
     path = out/'results.json'
     results = json.loads(path.read_text()) if only and path.exists() else {}
     for k in chosen:
@@ -42,7 +43,9 @@ def main(
         for table,rows in sections[k](run).items():
             results[table] = dict(title=sections[k].__doc__, about=before, rows=rows)
             print(f"\n{table}: {sections[k].__doc__}\n{show(rows)}")
-        print('   '.join(f'{k} {v}' for k,v in before.items()))
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
+        print('   '.join(f'{k} {v}' for k,v in before.items()), flush=True)
+    rows = budgets(results)
+    if rows: print(f"\nbudgets: {budgets.__doc__}\n{show(rows)}")
+    results['budgets'] = dict(title=budgets.__doc__, rows=rows)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
     draw_plots(results, out)

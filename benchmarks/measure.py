@@ -51,6 +51,8 @@ def spread(
     low,mid,high = np.percentile(values, (25,50,75))
     return {name:float(mid), 'low':float(low), 'high':float(high)}
 
+def name(shape): return '×'.join(map(str, shape))
+
 def slope(sizes, seconds)->float:
     "Of the straight line through the points on log-log axes: 1 is linear growth"
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])

@@ -14,7 +14,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import noop
 from fastai_mixup_ext import MixUpCallback, blend, cutmix, fmix, mixed_loss, mixup, one_of, per_batch, resizemix
 from . import peers
-from .measure import alternate, peak_bytes, slope, spread, traffic
+from .measure import alternate, name, peak_bytes, slope, spread, traffic
+from .tried import tried
 
 @dataclass
 class Run:
@@ -32,8 +33,6 @@ class Run:
         "Inputs to take in turn: on a GPU more than its cache holds"
         x = self.rand(*shape)
         return [x] if self.device=='cpu' else [x, *(self.rand(*shape) for _ in range(min(16, 2**28//x.nbytes)))]
-
-def name(shape): return '×'.join(map(str, shape))
 
 # The callback in a fit
 
@@ -198,7 +197,7 @@ def compiled(run):
                 mix = recipe(x, y)
                 return mixed_loss(F.cross_entropy, blend(x, mix).flatten(2)[:,:,:4].flatten(1) @ w, y, mix)
             torch._dynamo.reset()
-            fast = torch.compile(step)
+            fast = torch.compile(step, fullgraph=True)
             took = run.time({'eager': lambda i: step(x, y), 'compiled': lambda i: fast(x, y)})
             rows.append(dict(batch=name(shape), recipe=k, **spread(took['compiled']/took['eager'], 'compiled/eager')))
     return {'compiled': rows}
@@ -226,4 +225,20 @@ def _kernels(f):
         torch.cuda.synchronize()
     return sum(e.count for e in prof.key_averages() if e.device_type==torch.autograd.DeviceType.CUDA)
 
-sections = {f.__name__:f for f in (callback, mixing, loss, memory, cut, training, compiled, gpu)}
+sections = {f.__name__:f for f in (callback, mixing, loss, memory, cut, training, compiled, tried, gpu)}
+
+# The budgets
+
+_budgets = [  # table, what identifies the row, figure, and the most that it may be
+    ('callback', dict(batch='64×3×32×32'), 'ours/fastai', .2), ('callback', dict(batch='64×3×224×224'), 'ours/fastai', .3),
+    ('mixing', dict(batch='64×3×224×224', who='ours, fresh memory'), 'time/clone', 1.2), ('mixing', dict(batch='64×3×224×224', who='ours'), 'time/clone', .4),
+    *[('loss', dict(prediction=p, who='ours'), 'forward+backward', 1.) for p in ('64×1000', '64×50000', '8×21×128×128')],
+    ('memory', dict(batch='64×3×224×224', model='next to none'), 'ours', 1.)]
+
+def budgets(results):
+    "What each figure may be, and what it was"
+    rows = []
+    for table,key,figure,most in _budgets:
+        for r in results.get(table, {}).get('rows', []):
+            if key.items()<=r.items(): rows.append(dict(table=table, row=', '.join(key.values()), figure=figure, budget=most, measured=r[figure], met=round(r[figure], 2)<=most))
+    return rows

@@ -1,0 +1,69 @@
+"""What was tried instead: the winners are in the package, these are the others"""
+import torch
+import torch.nn.functional as F
+from fastai_mixup_ext import blend, cutmix, mixed_loss, mixup
+from .measure import name, spread
+
+def by_rows(rows):
+    "`rows` rows at a time, so that the partners are still in the cache when they are interpolated: 3 batches from memory instead of 5"
+    def f(x, mix, out):
+        for a in range(0, len(x), rows):
+            part = slice(a, a+rows)
+            torch.index_select(x, 0, mix.partner[part], out=out[part]).lerp_(x[part], mix.lam[part].view(-1, *[1]*(x.dim()-1)))
+        return out
+    return f
+
+def float_mask(x, mix, out):
+    "The mask as numbers, and a lerp: vectorised, but inf*0 is nan"
+    return torch.index_select(x, 0, mix.partner, out=out).lerp_(x, mix.mask.to(x.dtype))
+
+def slices(x, mix, out):
+    "Box by box, by slices: reads the boxes on the host"
+    out.copy_(x)
+    for i,(p,outside) in enumerate(zip(mix.partner.tolist(), mix.mask[:,0])):
+        rows,cols = (~outside).any(1).nonzero(),(~outside).any(0).nonzero()
+        if len(rows):
+            box = slice(rows[0].item(), rows[-1].item()+1),slice(cols[0].item(), cols[-1].item()+1)
+            out[i,:,*box] = x[p,:,*box]
+    return out
+
+def two_losses(pred, y, mix):
+    "One log-softmax, two losses: each has a gradient of the prediction's size"
+    logp = F.log_softmax(pred, 1)
+    return torch.lerp(*(F.nll_loss(logp, t, reduction='none') for t in (y[mix.partner], y)), mix.lam).mean()
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, labels, share):
+        logp = F.log_softmax(pred, 1)
+        ctx.save_for_backward(logp, labels, share)
+        return -(logp.gather(1, labels)*share).sum()/len(pred)
+    @staticmethod
+    def backward(ctx, grad):
+        logp,labels,share = ctx.saved_tensors
+        return logp.exp().mul_(grad/len(logp)).scatter_add_(1, labels, -share*grad/len(logp)), None, None
+
+def fused(pred, y, mix):
+    "Its gradient by hand, softmax minus targets: can't be differentiated twice"
+    return _Fused.apply(pred, torch.stack([y, y[mix.partner]], 1), torch.stack([mix.lam, 1-mix.lam], 1))
+
+def tried(run):
+    "What was tried instead, over what the package does"
+    rows = []
+    for shape in run.some([(64,3,32,32), (64,3,224,224)]):
+        x,y = run.rand(*shape),run.labels(10, shape[0])
+        mix,cut,out = mixup()(x, y),cutmix()(x, y),torch.empty_like(x)
+        ways = {'mix, 1 row at a time': (by_rows(1), mix), 'mix, 8 rows at a time': (by_rows(8), mix), 'cut, mask as numbers': (float_mask, cut), 'cut, slices': (slices, cut)}
+        rows += _over(run, shape, {k:(lambda i, f=f, m=m: f(x, m, out), lambda i, m=m: blend(x, m, out)) for k,(f,m) in ways.items()})
+        rows += _over(run, shape, {'fresh memory': (lambda i: blend(x, mix), lambda i: blend(x, mix, out))})
+    for shape in run.some([(64,1000), (64,50000)]):
+        pred,y = run.rand(*shape).requires_grad_(),run.labels(shape[1], shape[0])
+        mix = mixup()(pred, y)
+        def step(f): return lambda i: torch.autograd.grad(f(pred, y, mix), pred)
+        def ours(pred, y, mix): return mixed_loss(F.cross_entropy, pred, y, mix)
+        rows += _over(run, shape, {k:(step(f), step(ours)) for k,f in {'loss, one log-softmax and two losses': two_losses, 'loss, gradient by hand': fused}.items()})
+    return {'tried': rows}
+
+def _over(run, shape, pairs):
+    took = run.time({(k,i):f for k,fs in pairs.items() for i,f in enumerate(fs)})
+    return [dict(shape=name(shape), what=k, **spread(took[k,0]/took[k,1], 'time/ours')) for k in pairs]
