@@ -343,7 +343,7 @@ def _demo(data, out, epochs, seeds, alpha, size, bs, device):
 def main(
     data:Path=None, # A folder with a folder of pictures for each class; default: scikit-learn's digits
     out:Path=Path('mixup-demo'), # The folder for report.html, results.csv, curves.png and mixed_batch.png
-    epochs:number('--epochs', int, 1, 1000)=10, # Epochs of each run
+    epochs:number('--epochs', int, 1, 1000)=8, # Epochs of each run
     seeds:number('--seeds', int, 1, 100)=3, # Seeds, and so runs, of each method
     alpha:number('--alpha', float, .01, 100)=.4, # Shares are drawn from Beta(alpha, alpha)
     size:number('--size', int, 8, 512)=None, # Height and width of the pictures in pixels; default: 16 for the digits, 64 for a folder

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 import fastai_mixup_ext
 
+script = Path(sys.executable).with_name('mixup-demo')
 files = ['curves.png', 'mixed_batch.png', 'report.html', 'results.csv']
 methods = ['plain', 'fastai MixUp', 'MixUpCallback']
 quick = ['--epochs', '1', '--seeds', '2', '--size', '8', '--bs', '4', '--device', 'cpu']
@@ -35,11 +35,11 @@ def folder(tmp_path):
 
 @pytest.fixture
 def demo(monkeypatch, capfd):
-    "Runs the command as a shell does, in this process: its exit status, stdout and stderr"
+    "Runs the installed command in this process: its exit status, stdout and stderr"
     def run(*args):
         monkeypatch.setattr(sys, 'argv', ['mixup-demo', *map(str, args)])
         status = 0
-        try: runpy.run_module('fastai_mixup_ext.demo', run_name='__main__')
+        try: runpy.run_path(str(script), run_name='__main__')
         except SystemExit as e: status = e.code or 0
         return status, *capfd.readouterr()
     return run
@@ -209,10 +209,7 @@ def test_bad_value(demo, tmp_path, option, value):
 
 def start(*args):
     "The installed command, in a process of its own"
-    script, = entry_points(group='console_scripts', name='mixup-demo')
-    assert script.value == 'fastai_mixup_ext.demo:main'
-    command = [Path(sys.executable).with_name('mixup-demo'), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8')
+    return subprocess.Popen([script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8')
 
 def test_interrupted(folder, tmp_path):
     "Ctrl-C after the first run: what is finished is reported"
