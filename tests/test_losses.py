@@ -1,4 +1,4 @@
-"""`mixed_loss` against formulas in float64 loops: losses x reductions x weights x ignored labels x smoothing x ranks, and what no formula of ours knows."""
+"""`mixed_loss` against formulas in float64 loops: losses x reductions x weights x ignored labels x smoothing x ranks; and its laws."""
 import pickle
 import warnings
 from functools import partial
@@ -19,6 +19,7 @@ from fastai_mixup_ext.losses import by_row
 
 C = 5
 weight = tensor([.1,3.,1.,.5,2.]).double()
+w32 = weight.float()
 reductions = 'mean','sum','none'
 lams = tensor([.9,.25,1.,.6,0.,.75])
 n = len(lams)
@@ -70,9 +71,11 @@ class Quiet(nn.CrossEntropyLoss): "A subclass that changes nothing"
 
 def smoothing(label_smoothing, ignore_index, **kw): return LabelSmoothingCrossEntropyFlat(eps=label_smoothing, **kw)
 
-families = {'nn': nn.CrossEntropyLoss, 'partial': partial(partial, F.cross_entropy), 'Quiet': Quiet, 'Twice': Twice, 'nll': nn.NLLLoss, 'partial-nll': partial(partial, F.nll_loss),
+families = {'nn': nn.CrossEntropyLoss, 'partial': partial(partial, F.cross_entropy), 'Quiet': Quiet, 'Twice': Twice, 'nll': nn.NLLLoss,
+    'partial-nll': partial(partial, F.nll_loss),
             'Flat': CrossEntropyLossFlat, 'TwiceFlat': TwiceFlat, 'Smoothing': smoothing}
-cells = dict(nn='n series map', partial='n map', Quiet='n', Twice='n map', nll='n map', **{'partial-nll': 'n'}, Flat='flat series map text column', TwiceFlat='map text', Smoothing='flat map text')
+cells = dict(nn='n series map', partial='n map', Quiet='n', Twice='n map', nll='n map', **{'partial-nll': 'n'},
+    Flat='flat series map text column', TwiceFlat='map text', Smoothing='flat map text')
 cells = [(f, r, eps, ignore) for f,rs in cells.items() for r in rs.split() for eps in (0,.2) for ignore in (None,-100,2)
          if not ('nll' in f and eps or f=='Smoothing' and ignore is not None)]
 
@@ -111,7 +114,8 @@ def test_any_integer_labels(f, dtype):
 
 def test_uint8_labels_have_their_ignore_index():
     pred,y = draw('map', ignore=255)
-    assert_close(mixed_loss(nn.CrossEntropyLoss(ignore_index=255), pred, y.to(torch.uint8), mix), mixed_loss(nn.CrossEntropyLoss(ignore_index=255), pred, y, mix))
+    assert_close(mixed_loss(nn.CrossEntropyLoss(ignore_index=255), pred, y.to(torch.uint8), mix),
+        mixed_loss(nn.CrossEntropyLoss(ignore_index=255), pred, y, mix))
 
 @pytest.mark.parametrize('weighted', [False,True], ids=['','weighted'])
 @pytest.mark.parametrize('dtype,tol', [(torch.float16,2e-3), (torch.bfloat16,2e-2), (torch.float32,1e-6)])
@@ -214,10 +218,14 @@ def test_dice(reduction):
         loss = mixed_loss(f, pred, y, even)
     assert_close(loss, .7*f(pred, y)+.3*f(pred, y[mix.partner]))
 
-numbers = {'mse': (nn.MSELoss, lambda z,t: (z-t)**2), 'mse-flat': (MSELossFlat, lambda z,t: (z-t)**2), 'l1': (nn.L1Loss, lambda z,t: abs(z-t)), 'l1-flat': (L1LossFlat, lambda z,t: abs(z-t)),
-    'bce': (nn.BCEWithLogitsLoss, lambda z,t: np.log1p(np.exp(z))-t*z), 'bce-flat': (BCEWithLogitsLossFlat, lambda z,t: np.log1p(np.exp(z))-t*z),
-    'bce-partial': (partial(partial, F.binary_cross_entropy_with_logits), lambda z,t: np.log1p(np.exp(z))-t*z), 'mse-partial': (partial(partial, F.mse_loss), lambda z,t: (z-t)**2),
-    'huber': (nn.HuberLoss, lambda z,t: np.where(abs(z-t)<1, (z-t)**2/2, abs(z-t)-.5)), 'poisson': (nn.PoissonNLLLoss, lambda z,t: np.exp(z)-t*z)}
+numbers = {'mse': (nn.MSELoss, lambda z,t: (z-t)**2), 'mse-flat': (MSELossFlat, lambda z,t: (z-t)**2),
+    'l1': (nn.L1Loss, lambda z,t: abs(z-t)), 'l1-flat': (L1LossFlat, lambda z,t: abs(z-t)),
+    'bce': (nn.BCEWithLogitsLoss, lambda z,t: np.log1p(np.exp(z))-t*z), 'bce-flat': (BCEWithLogitsLossFlat,
+        lambda z,t: np.log1p(np.exp(z))-t*z),
+    'bce-partial': (partial(partial, F.binary_cross_entropy_with_logits),
+        lambda z,t: np.log1p(np.exp(z))-t*z), 'mse-partial': (partial(partial, F.mse_loss), lambda z,t: (z-t)**2),
+    'huber': (nn.HuberLoss, lambda z,t: np.where(abs(z-t)<1, (z-t)**2/2, abs(z-t)-.5)), 'poisson': (nn.PoissonNLLLoss,
+        lambda z,t: np.exp(z)-t*z)}
 
 @pytest.mark.parametrize('reduction', reductions)
 @pytest.mark.parametrize('dtype', [torch.float64,torch.float32,torch.int64,torch.int8,torch.uint8,torch.bool], ids=str)
@@ -234,7 +242,8 @@ def test_losses_that_take_numbers_see_blended_ones(cls, row, dtype, reduction):
 def test_integer_multi_label_with_pos_weight(cls):
     pred,y = torch.randn(n, C),torch.randint(2, (n,C))
     w = tensor([1.,2.,.5,3.,1.])
-    rows = [[l*(w[c] if y[i,c] else 1)*F.softplus(-z if y[i,c] else z) + (1-l)*(w[c] if y[j,c] else 1)*F.softplus(-z if y[j,c] else z) for c,z in enumerate(pred[i])]
+    def value(z, c, y): return w[c]*F.softplus(-z) if y else F.softplus(z)
+    rows = [[l*value(z, c, y[i,c]) + (1-l)*value(z, c, y[j,c]) for c,z in enumerate(pred[i])]
             for i,(l,j) in enumerate(zip(lams, mix.partner))]
     assert_close(mixed_loss(cls(pos_weight=w), pred, y, mix), tensor(rows).mean(), check_dtype=False)
 
@@ -275,7 +284,8 @@ class Called:
 
 def function(pred, y): return F.cross_entropy(pred, y)
 
-whole = {'function': function, 'lambda': lambda pred, y: F.cross_entropy(pred, y), 'ignores': Ignores(), 'refuses': Refuses(), 'joins': Joins(), 'bound method': Joins().forward,
+whole = {'function': function, 'lambda': lambda pred, y: F.cross_entropy(pred, y), 'ignores': Ignores(), 'refuses': Refuses(),
+    'joins': Joins(), 'bound method': Joins().forward,
          'BaseLoss': BaseLoss(Ignores), 'partial': partial(function)}
 
 @pytest.mark.parametrize('f', whole.values(), ids=whole)
@@ -289,26 +299,33 @@ def test_one_lam_for_the_batch_and_said_once(f):
 
 def test_a_loss_that_can_not_be_remembered_is_right_too():
     pred,y = draw('n')
-    with pytest.warns(UserWarning): assert_close(mixed_loss(Called(), pred, y, even), .7*F.cross_entropy(pred, y)+.3*F.cross_entropy(pred, y[mix.partner]))
+    with pytest.warns(UserWarning): assert_close(mixed_loss(Called(), pred, y, even),
+        .7*F.cross_entropy(pred, y)+.3*F.cross_entropy(pred, y[mix.partner]))
 
 
 # ---- laws
 
 @pytest.mark.filterwarnings('ignore:.*taken apart')
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight), nn.CrossEntropyLoss(weight=weight, label_smoothing=.1), nn.CrossEntropyLoss(ignore_index=2, reduction='sum'),
-    CrossEntropyLossFlat(weight=weight.float()), LabelSmoothingCrossEntropyFlat(weight=weight.float()), LabelSmoothingCrossEntropy(reduction='none'), FocalLossFlat(weight=weight.float()), Twice(weight=weight),
-    nn.MultiMarginLoss(weight=weight), WeightedFocal(weight), *whole.values(), F.cross_entropy, partial(F.cross_entropy, weight=weight)], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight),
+    nn.CrossEntropyLoss(weight=weight, label_smoothing=.1), nn.CrossEntropyLoss(ignore_index=2, reduction='sum'),
+    CrossEntropyLossFlat(weight=w32), LabelSmoothingCrossEntropyFlat(weight=w32), LabelSmoothingCrossEntropy(reduction='none'),
+    FocalLossFlat(weight=w32), Twice(weight=weight),
+    nn.MultiMarginLoss(weight=weight), WeightedFocal(weight), *whole.values(), F.cross_entropy, partial(F.cross_entropy,
+        weight=weight)], ids=str)
 def test_lam_one_is_the_plain_loss_and_lam_zero_the_partners(f):
     flat = isinstance(f, BaseLoss)
     pred,y = draw('n', dtype=torch.float32 if flat else torch.float64)
-    for m,t in ((one,y), (zero,y[mix.partner])): assert_close(mixed_loss(f, pred, y, m), f(pred, t), rtol=1e-6 if flat else 1e-12, atol=0, check_dtype=False)
+    for m,t in ((one,y), (zero,y[mix.partner])):
+        assert_close(mixed_loss(f, pred, y, m), f(pred, t), rtol=1e-6 if flat else 1e-12, atol=0,
+        check_dtype=False)
 
 def minus_log(pred, y, reduction='mean'):
     rows = -pred.gather(1, y[:,None])[:,0].log()
     return rows if reduction=='none' else rows.mean()
 
 @pytest.mark.filterwarnings('ignore:.*taken apart')
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight), FocalLoss(), Twice(), minus_log, function], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight), FocalLoss(), Twice(), minus_log, function],
+    ids=str)
 @pytest.mark.parametrize('m', [one,zero], ids=['lam=1','lam=0'])
 def test_what_counts_nothing_may_be_infinite(f, m):
     "A class ruled out by a prediction of -inf, or of probability 0, is the label of those that have no share only"
@@ -351,7 +368,8 @@ def test_nothing_but_ignored_labels(reduction, value):
     assert_close(loss, f(pred, y), equal_nan=True)
     assert_close(loss.item(), value, equal_nan=True)
 
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), CrossEntropyLossFlat(label_smoothing=.1), FocalLoss(), Twice(weight=weight)], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), CrossEntropyLossFlat(label_smoothing=.1), FocalLoss(),
+    Twice(weight=weight)], ids=str)
 def test_gradients_of_gradients(f):
     pred,y = draw('n')
     assert torch.autograd.gradcheck(lambda p: mixed_loss(f, p, y, mix), pred)
@@ -362,7 +380,7 @@ def test_the_order_of_the_rows_does_not_matter(order):
     pred,y = torch.randn(n, C),torch.randint(C, (n,))
     order = tensor(order)
     moved = Mix(order.argsort()[mix.partner[order]], lams[order])
-    for f in (nn.CrossEntropyLoss(weight=weight.float()), FocalLossFlat(reduction='none')):
+    for f in (nn.CrossEntropyLoss(weight=w32), FocalLossFlat(reduction='none')):
         a,b = mixed_loss(f, pred, y, mix),mixed_loss(f, pred[order], y[order], moved)
         assert_close(a if a.dim()==0 else a[order], b)
 
@@ -387,7 +405,8 @@ def test_an_integer_and_a_floating_target():
 def test_two_predictions_two_labels():
     "The prediction may be anything that the loss understands"
     (a,y),(b,z) = draw('n'),draw('n')
-    f = lambda pred, y, z, reduction='mean': F.cross_entropy(pred['a'], y, reduction=reduction)+F.cross_entropy(pred['b'], z, reduction=reduction)
+    f = lambda pred, y, z, reduction='mean': F.cross_entropy(pred['a'], y, reduction=reduction)+F.cross_entropy(pred['b'], z,
+        reduction=reduction)
     assert_close(mixed_loss(f, dict(a=a, b=b), (y,z), mix), mixed_loss(F.cross_entropy, a, y, mix)+mixed_loss(F.cross_entropy, b, z, mix))
 
 def test_no_target_is_the_plain_loss():
@@ -400,13 +419,13 @@ cut = Mix(mix.partner, mask.float().mean((1,2,3)), mask)
 def test_labels_per_position_are_pasted(shape):
     pred,y = draw('map')
     pasted = torch.stack([torch.where(mask[i,0], y[i], y[j]) for i,j in enumerate(mix.partner)])
-    f = CrossEntropyLossFlat(axis=1, weight=weight.float())
+    f = CrossEntropyLossFlat(axis=1, weight=w32)
     assert_close(mixed_loss(f, pred, y.view(shape), cut), f(pred, pasted), check_dtype=False)
 
-w32 = weight.float()
-
-@pytest.mark.parametrize('cls,kw', [(nn.CrossEntropyLoss,dict(weight=weight, ignore_index=2)), (nn.CrossEntropyLoss,dict(reduction='none')), (Twice,dict(weight=weight)),
-    (CrossEntropyLossFlat,dict(weight=w32)), (CrossEntropyLossFlat,dict(reduction='none')), (FocalLossFlat,dict(weight=w32)), (TwiceFlat,dict(weight=w32))])
+@pytest.mark.parametrize('cls,kw', [(nn.CrossEntropyLoss,dict(weight=weight, ignore_index=2)),
+    (nn.CrossEntropyLoss,dict(reduction='none')), (Twice,dict(weight=weight)),
+    (CrossEntropyLossFlat,dict(weight=w32)), (CrossEntropyLossFlat,dict(reduction='none')), (FocalLossFlat,dict(weight=w32)),
+    (TwiceFlat,dict(weight=w32))])
 def test_a_share_per_position(cls, kw):
     "A floating mask, as one_of draws it (some rows cut, others interpolated), is a batch in which each position is a row"
     cut_row = tensor([1,0,1,0,0,1]).bool().view(-1, 1, 1, 1)
@@ -417,7 +436,8 @@ def test_a_share_per_position(cls, kw):
     loss = mixed_loss(cls(**kw, axis=1) if flat else cls(**kw), pred, y, Mix(mix.partner, own.mean((1,2,3)), own))
     if flat and loss.dim(): loss = loss.view(n, 3, 4).transpose(1, 2)  # fastai's are flattened class axis last
     partner = 12*mix.partner[:,None] + torch.arange(12)
-    assert_close(loss.flatten(), mixed_loss(cls(**kw), pred.movedim(1, -1).reshape(-1, C), y.flatten(), Mix(partner.flatten(), own.flatten())).flatten(), check_dtype=False)
+    assert_close(loss.flatten(), mixed_loss(cls(**kw), pred.movedim(1, -1).reshape(-1, C), y.flatten(),
+        Mix(partner.flatten(), own.flatten())).flatten(), check_dtype=False)
 
 def test_a_label_per_row_under_a_mask_has_the_rows_share():
     pred,y = draw('n')
@@ -426,13 +446,14 @@ def test_a_label_per_row_under_a_mask_has_the_rows_share():
 
 # ---- nothing is left behind
 
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), FocalLossFlat(), Twice(), WeightedFocal(), *[o for o in whole.values() if hasattr(o, 'reduction')]], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), FocalLossFlat(), Twice(), WeightedFocal(),
+    *[o for o in whole.values() if hasattr(o, 'reduction')]], ids=str)
 @pytest.mark.filterwarnings('ignore:.*taken apart')
 def test_the_loss_object_stays_as_it_was(f):
     pred,y = draw('n')
-    before = {k:v for k,v in vars(f).items()}
+    before = dict(vars(f))
     mixed_loss(f, pred, y, mix)
-    assert {k:v for k,v in vars(f).items()}==before and f.reduction=='mean'
+    assert vars(f)==before and f.reduction=='mean'
 
 def test_reduction_is_given_back_when_the_loss_raises():
     class Falls(Twice):

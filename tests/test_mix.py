@@ -48,7 +48,8 @@ def masks(spatial, floating=False):
 def test_interpolation(shape, dtype):
     x = draw((n,*shape), dtype)
     res = blend(x, mix)
-    tol = dict(rtol=0, atol=.50001) if dtype==torch.uint8 else dict(rtol={torch.float16:1e-3, torch.bfloat16:8e-3}.get(dtype, 1e-6), atol=1e-6)
+    tol = dict(rtol=0, atol=.50001) if dtype==torch.uint8 else dict(rtol={torch.float16:1e-3, torch.bfloat16:8e-3}.get(dtype, 1e-6),
+        atol=1e-6)
     assert res.dtype==dtype and res.shape==x.shape
     assert_close(torch.from_numpy(wide(res)), torch.from_numpy(by_hand(x, mix)), **tol)
 
@@ -56,7 +57,8 @@ def test_double_stays_exact():
     x = draw((n,3), torch.float64)
     assert_close(blend(x, mix), torch.from_numpy(by_hand(x, mix)), rtol=1e-15, atol=1e-15)
 
-@pytest.mark.parametrize('own,other,lam,expected', [(255,255,.3,255), (0,255,.5,128), (255,0,.999,255), (0,1,.4,1), (1,0,.4,0), (254,255,.4,255), (0,255,.001,255)])
+@pytest.mark.parametrize('own,other,lam,expected', [(255,255,.3,255), (0,255,.5,128), (255,0,.999,255), (0,1,.4,1), (1,0,.4,0),
+    (254,255,.4,255), (0,255,.001,255)])
 def test_uint8_is_rounded(own, other, lam, expected):
     x = tensor([[own],[other]], dtype=torch.uint8)
     assert blend(x, Mix(tensor([1,1]), tensor([lam,1.])))[0].item()==expected
@@ -90,7 +92,8 @@ def test_share_per_position(dtype, per):
     x = draw((n,3,5,4), dtype)
     own = mask.double().expand(n, 1, 5, 4)
     expected = own*x.double() + (1-own)*x[partner].double()
-    tol = dict(rtol=0, atol=.50001) if dtype==torch.uint8 else dict(rtol={torch.float16:1e-3, torch.bfloat16:8e-3}.get(dtype, 1e-5), atol=1e-6)
+    tol = dict(rtol=0, atol=.50001) if dtype==torch.uint8 else dict(rtol={torch.float16:1e-3, torch.bfloat16:8e-3}.get(dtype, 1e-5),
+        atol=1e-6)
     assert_close(blend(x, Mix(partner, lams, mask)).double(), expected, **tol)
 
 @pytest.mark.parametrize('shape', [(n,5,4), (n,1,5,4), (n,3,5,4)], ids=str)
@@ -108,7 +111,8 @@ def test_what_has_no_positions_has_the_rows_share(shape):
 
 @pytest.mark.parametrize('shape', [(n,3,4,5), (n,3,9,9), (n,3,5), (n,2,5,4,4)], ids=str)
 def test_other_positions_are_refused(shape):
-    with pytest.raises(ValueError, match=r"can't be cut by a mask over \(5, 4\)"): blend(torch.zeros(shape), Mix(partner, lams, masks((5,4))['row']))
+    with pytest.raises(ValueError, match=r"can't be cut by a mask over \(5, 4\)"): blend(torch.zeros(shape),
+        Mix(partner, lams, masks((5,4))['row']))
 
 
 # ---- boxes: the partner, shrunk
@@ -122,7 +126,8 @@ def test_shrunk_constants_stay_constant(spatial, dtype):
     mask = masks(spatial)['row']
     start = torch.rand(n, d)*.4
     box = torch.stack([start, .1+torch.rand(n, d)*.5], 1)
-    assert_close(blend(x, Mix(partner, lams, mask, box)), torch.where(mask, x, x[partner]), rtol=0, atol=0 if dtype==torch.uint8 else 1e-5 if dtype!=torch.float16 else 2e-2)
+    assert_close(blend(x, Mix(partner, lams, mask, box)), torch.where(mask, x, x[partner]), rtol=0,
+        atol=0 if dtype==torch.uint8 else 1e-5 if dtype!=torch.float16 else 2e-2)
 
 @pytest.mark.parametrize('dtype', [torch.int64,torch.bool,torch.int32], ids=str)
 def test_shrunk_labels_are_labels(dtype):
@@ -150,7 +155,8 @@ def test_a_box_that_is_everything_changes_nothing():
 
 # ---- what is kept
 
-@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['row'])], ids=['lerp','cut','shares'])
+@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['row'])],
+    ids=['lerp','cut','shares'])
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float16,torch.uint8], ids=str)
 @pytest.mark.parametrize('grad', [False,True])
 def test_channels_last_is_kept(dtype, m, grad):
@@ -164,7 +170,8 @@ def test_channels_last_3d_is_kept():
     x = torch.randn(n, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     assert blend(x, mix).is_contiguous(memory_format=torch.channels_last_3d)
 
-views = {'transposed': lambda x: x.transpose(1, 3), 'every other row': lambda x: x.repeat_interleave(2, 0)[::2], 'expanded': lambda x: x[:,:1].expand(-1, 3, -1, -1), 'flipped': lambda x: x.flip(0)}
+views = {'transposed': lambda x: x.transpose(1, 3), 'every other row': lambda x: x.repeat_interleave(2, 0)[::2],
+    'expanded': lambda x: x[:,:1].expand(-1, 3, -1, -1), 'flipped': lambda x: x.flip(0)}
 @pytest.mark.parametrize('view', views.values(), ids=views)
 def test_any_strides(view):
     x = view(torch.randn(n, 3, 5, 4))
@@ -193,7 +200,8 @@ def test_a_parameter_becomes_a_tensor():
 def test_inputs_are_never_written_to(dtype):
     x = draw((n,3,5,4), dtype)
     box = tensor([[[.1,.1],[.5,.5]]])
-    for m in (mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['batch']), Mix(partner, lams, masks((5,4))['row'], box)):
+    for m in (mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['batch']),
+        Mix(partner, lams, masks((5,4))['row'], box)):
         before = [t.clone() for t in (x,m.partner,m.lam) ] + [m.mask if m.mask is None else m.mask.clone()]
         version = x._version
         blend(x, m)
@@ -205,7 +213,8 @@ def test_inputs_are_never_written_to(dtype):
 # ---- out=
 
 @pytest.mark.parametrize('dtype', [*floats,torch.uint8,torch.complex64], ids=str)
-@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4))['row'], tensor([[[.1,.1],[.5,.5]]]))], ids=['lerp','cut','box'])
+@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']),
+    Mix(partner, lams, masks((5,4))['row'], tensor([[[.1,.1],[.5,.5]]]))], ids=['lerp','cut','box'])
 def test_out(dtype, m):
     if m.box is not None and dtype==torch.complex64: return
     x = draw((n,3,5,4), dtype)
@@ -228,7 +237,8 @@ def test_out_for_an_input_that_needs_its_gradient():
 
 # ---- autograd
 
-@pytest.mark.parametrize('m', [mix, Mix(partner, lams.double()), Mix(partner, lams, torch.rand(n, 1, 3, 2)<.5), Mix(partner, lams, torch.rand(1, 1, 3, 2).double())], ids=['lerp','double','cut','shares'])
+@pytest.mark.parametrize('m', [mix, Mix(partner, lams.double()), Mix(partner, lams, torch.rand(n, 1, 3, 2)<.5),
+    Mix(partner, lams, torch.rand(1, 1, 3, 2).double())], ids=['lerp','double','cut','shares'])
 def test_gradients(m):
     x = torch.randn(n, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: blend(x, m), x) and torch.autograd.gradgradcheck(lambda x: blend(x, m), x)

@@ -1,4 +1,4 @@
-"""No host value is waited for: on `meta` tensors, which have none; by counting what is read; and compiled, in one graph that serves every lam and batch size."""
+"""No value is waited for: on `meta` tensors, which have none; by counting what is read; and compiled, one graph for any lam and batch size."""
 import shutil
 from contextlib import contextmanager
 
@@ -18,20 +18,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastai_mixup_ext import (MixCallback, MixUpCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of, per_batch,
+from fastai_mixup_ext import (MixCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss,
+    mixup, one_of, per_batch,
                               resizemix, shuffled, within_class)
 
-recipes = {'mixup': mixup(.4), 'mixup tiny': mixup(1e-3), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(), 'one_of': one_of(mixup(1.), cutmix()),
+recipes = {'mixup': mixup(.4), 'mixup tiny': mixup(1e-3), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(),
+    'one_of': one_of(mixup(1.), cutmix()),
            'one_of rows': one_of(mixup(.4), cutmix(), fmix(), resizemix(), per_row=True), 'per_batch': per_batch(cutmix())}
-policies = {'shuffled': shuffled, 'deranged': deranged, 'within_class': within_class, 'across_class': across_class, 'by_target_distance': by_target_distance(1.)}
+policies = {'shuffled': shuffled, 'deranged': deranged, 'within_class': within_class, 'across_class': across_class,
+    'by_target_distance': by_target_distance(1.)}
 each_recipe = pytest.mark.parametrize('recipe', recipes.values(), ids=recipes)
 each_pairing = pytest.mark.parametrize('pair', policies.values(), ids=policies)
 
 def batch(n=8, device='cpu', spatial=(8,6)):
     return torch.randn(n, 3, *spatial, device=device), (torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(n, device=device))
 
-losses = {'cross-entropy': (F.cross_entropy, (5,), torch.int64, ()), 'weighted': (nn.CrossEntropyLoss(weight=torch.ones(5), label_smoothing=.1), (5,), torch.int64, ()),
-    'flat': (CrossEntropyLossFlat(), (5,), torch.int64, ()), 'focal': (FocalLossFlat(), (5,), torch.int64, ()), 'maps': (CrossEntropyLossFlat(axis=1), (5,8,6), torch.int64, (8,6)),
+losses = {'cross-entropy': (F.cross_entropy, (5,), torch.int64, ()), 'weighted': (nn.CrossEntropyLoss(weight=torch.ones(5),
+    label_smoothing=.1), (5,), torch.int64, ()),
+    'flat': (CrossEntropyLossFlat(), (5,), torch.int64, ()), 'focal': (FocalLossFlat(), (5,), torch.int64,
+        ()), 'maps': (CrossEntropyLossFlat(axis=1), (5,8,6), torch.int64, (8,6)),
     'bce': (BCEWithLogitsLossFlat(), (5,), torch.int64, (5,)), 'mse': (F.mse_loss, (), torch.float32, ())}
 
 def pred_and_target(pred, dtype, target, n, device):
@@ -63,14 +68,16 @@ def test_losses_need_no_value(recipe, f, pred, dtype, target):
 
 class Reads(TorchDispatchMode):
     "Counts what would wait for an accelerator: values read by the host, shapes that depend on values, copies between devices"
-    waits = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', '_unique2', 'unique_dim', 'bincount', 'repeat_interleave.Tensor'}
+    waits = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', '_unique2', 'unique_dim', 'bincount',
+        'repeat_interleave.Tensor'}
     def __init__(self):
         super().__init__()
         self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__
-        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and (t.dim() or name=='_to_copy.default')}
+        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t,
+            torch.Tensor) and (t.dim() or name=='_to_copy.default')}
         where = args[1] if name.startswith('index') else ()
         selects = isinstance(where, (tuple, list)) and any(isinstance(t, torch.Tensor) and t.dtype==torch.bool for t in where)
         if name.removesuffix('.default') in self.waits or len(devices)>1 or selects: self.seen.append(name)
@@ -115,7 +122,8 @@ def test_a_training_step_reads_nothing_more(recipe):
     dl = DataLoader(TensorDataset(x, y), batch_size=8)
     def seen(*cbs):
         count = Count()
-        learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(144, 5)), loss_func=nn.CrossEntropyLoss(), cbs=[count,*cbs])
+        learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(144, 5)), loss_func=nn.CrossEntropyLoss(),
+            cbs=[count,*cbs])
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         return count.seen
     assert seen(MixCallback(recipe))==seen()
@@ -167,7 +175,8 @@ def test_with_its_gradient_too(recipe): check_compiled(train(recipe, shuffled), 
 @each_pairing
 def test_every_pairing_compiles_to_one_graph(pair): check_compiled(train(mixup(.4), pair))
 
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=torch.rand(5), ignore_index=3, label_smoothing=.1), CrossEntropyLossFlat(), FocalLoss()], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=torch.rand(5), ignore_index=3, label_smoothing=.1), CrossEntropyLossFlat(),
+    FocalLoss()], ids=str)
 def test_losses_compile_to_one_graph(f): check_compiled(train(mixup(.4), shuffled, f))
 
 def test_a_schedule_compiles():

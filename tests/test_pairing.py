@@ -88,9 +88,8 @@ def test_deranged_draws_every_circle():
 def test_distance(y, h):
     "Kernel of the target distance, C-Mixup's formula: exp(-d^2/2h^2)"
     rows = y.view(len(y), -1).tolist()
-    p = [[np.exp(-sum((a-b)**2 for a,b in zip(u, v))/(2*h*h)) for v in rows] for u in rows]
-    for row,p in zip(frequencies(by_target_distance(h), y), np.array(p)):
-        p = p/p.sum()
+    kernel = [[np.exp(-sum((a-b)**2 for a,b in zip(u, v))/(2*h*h)) for v in rows] for u in rows]
+    for row,p in zip(frequencies(by_target_distance(h), y), [np.array(o)/sum(o) for o in kernel]):
         rare = p*row.sum()<5  # too rare for chi-squared
         assert row[rare].sum() <= 30
         assert fits(row[~rare], p[~rare])
@@ -114,7 +113,8 @@ def test_distance_in_any_precision(dtype):
 
 # ---- which target counts
 
-@pytest.mark.parametrize('y', [tensor([0,0,1,1]), tensor([[0],[0],[1],[1]], dtype=torch.int8), (torch.rand(4), tensor([0,0,1,1])), [torch.randint(9, (4,3)), tensor([0,0,1,1], dtype=torch.uint8)],
+@pytest.mark.parametrize('y', [tensor([0,0,1,1]), tensor([[0],[0],[1],[1]], dtype=torch.int8), (torch.rand(4), tensor([0,0,1,1])),
+    [torch.randint(9, (4,3)), tensor([0,0,1,1], dtype=torch.uint8)],
     tensor([False,False,True,True])], ids=['(n,)','(n,1) int8','behind a number','behind a table','bool'])
 def test_the_label(y):
     assert within_class(torch.zeros(4), y, gen()).tolist()==[1,0,3,2]
@@ -123,7 +123,8 @@ def test_the_label(y):
 @pytest.mark.parametrize('pair', [within_class,across_class])
 @pytest.mark.parametrize('y', [(), torch.rand(4), torch.randint(9, (4,5))], ids=['none','float','map'])
 def test_no_label_is_refused(pair, y):
-    with pytest.raises(ValueError, match=f'{pair.__name__} needs an integer target with one label per row.*shuffled'): pair(torch.zeros(4), y)
+    with pytest.raises(ValueError, match=f'{pair.__name__} needs an integer target with one label per row.*shuffled'): pair(torch.zeros(4),
+        y)
 
 @pytest.mark.parametrize('y', [(), tensor([0,1,0,1])], ids=['none','labels'])
 def test_distance_needs_a_number(y):

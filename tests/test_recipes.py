@@ -12,7 +12,8 @@ from scipy.stats import beta, binomtest, chisquare, ks_2samp, kstest, uniform
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from fastai_mixup_ext import Recipe, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of, per_batch, resizemix, within_class
+from fastai_mixup_ext import (Recipe, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of, per_batch,
+                              resizemix, within_class)
 from fastai_mixup_ext.recipes import draw_beta
 
 class stripes(Recipe):
@@ -28,10 +29,14 @@ class constant(Recipe):
     def __init__(self, lam): self.lam = lam
     def draw(self, x, progress, generator): return torch.full((len(x),), self.lam, device=x.device)
 
-recipes = {'mixup': mixup(.4), 'mixup8': mixup(8), 'cutmix': cutmix(1.), 'cutmix.2': cutmix(.2), 'fmix': fmix(), 'fmix rough': fmix(.5, 1.), 'resizemix': resizemix(), 'resizemix all': resizemix((.01,1.)),
-    'one_of': one_of(mixup(1.), cutmix(1.)), 'one_of rows': one_of(mixup(1.), cutmix(1.), fmix(), resizemix(), per_row=True), 'one_of cuts': one_of(cutmix(), fmix(), resizemix(), per_row=True),
-    'one_of one_of': one_of(one_of(mixup(1.), cutmix(), per_row=True), resizemix()), 'per_batch': per_batch(cutmix()), 'per_batch resizemix': per_batch(resizemix()),
-    'per_batch one_of': per_batch(one_of(mixup(1.), resizemix(), per_row=True)), 'one_of per_batch': one_of(per_batch(mixup(1.)), fmix(), per_row=True), 'stripes': stripes(), 'one_of stripes': one_of(stripes(), mixup(1.))}
+recipes = {'mixup': mixup(.4), 'mixup8': mixup(8), 'cutmix': cutmix(1.), 'cutmix.2': cutmix(.2), 'fmix': fmix(),
+    'fmix rough': fmix(.5, 1.), 'resizemix': resizemix(), 'resizemix all': resizemix((.01,1.)),
+    'one_of': one_of(mixup(1.), cutmix(1.)), 'one_of rows': one_of(mixup(1.), cutmix(1.), fmix(), resizemix(),
+        per_row=True), 'one_of cuts': one_of(cutmix(), fmix(), resizemix(), per_row=True),
+    'one_of one_of': one_of(one_of(mixup(1.), cutmix(), per_row=True),
+        resizemix()), 'per_batch': per_batch(cutmix()), 'per_batch resizemix': per_batch(resizemix()),
+    'per_batch one_of': per_batch(one_of(mixup(1.), resizemix(), per_row=True)), 'one_of per_batch': one_of(per_batch(mixup(1.)), fmix(),
+        per_row=True), 'stripes': stripes(), 'one_of stripes': one_of(stripes(), mixup(1.))}
 shapes = {'series': (17,), 'square': (16,16), 'oblong': (33,7), 'wide': (32,64), 'line': (1,9), 'point': (1,1), 'volume': (5,6,7)}
 each_recipe = pytest.mark.parametrize('recipe', recipes.values(), ids=recipes)
 each_shape = pytest.mark.parametrize('spatial', shapes.values(), ids=shapes)
@@ -217,7 +222,9 @@ def test_resizemix_boxes(spatial, scale):
     assert_close(mix.lam, 1-size.prod(1)/np.prod(spatial), check_dtype=False)
     for k in range(20):
         cut = torch.ones(spatial, dtype=torch.bool)
-        for i,s in enumerate(spatial): cut &= ((torch.arange(s)>=start[k,i])&(torch.arange(s)<(start+size)[k,i])).view([-1 if a==i else 1 for a in range(len(spatial))])
+        for i,s in enumerate(spatial):
+            pos = torch.arange(s)
+            cut &= ((pos>=start[k,i])&(pos<(start+size)[k,i])).view([-1 if a==i else 1 for a in range(len(spatial))])
         assert (~mix.mask[k,0]==cut).all()
 
 
@@ -330,14 +337,18 @@ def test_per_batch():
         assert mix.mask is None or len(mix.mask)==1
         assert mix.box is None or len(mix.box)==1
 
-@pytest.mark.parametrize('args,kw,error,says', [((),{},TypeError,'needs two or more recipes'), ((mixup(),),{},TypeError,'two or more'), ((mixup(),cutmix),{},TypeError,'one_of'),
-    ((mixup(),cutmix()),dict(weights=[1]),ValueError,'one entry for each of the 2'), ((mixup(),cutmix()),dict(weights=[0,0]),ValueError,'must not all be 0'),
-    ((mixup(),cutmix()),dict(weights=[1,-1]),ValueError,'weight=-1'), ((mixup(),cutmix()),dict(weights=['a',1]),TypeError,"weight='a'"), ((mixup(),cutmix()),dict(weights=2),TypeError,'weights')])
+@pytest.mark.parametrize('args,kw,error,says', [((),{},TypeError,'needs two or more recipes'), ((mixup(),),{},TypeError,'two or more'),
+    ((mixup(),cutmix),{},TypeError,'one_of'),
+    ((mixup(),cutmix()),dict(weights=[1]),ValueError,'one entry for each of the 2'), ((mixup(),cutmix()),dict(weights=2),TypeError,'weights'),
+    ((mixup(),cutmix()),dict(weights=[0,0]),ValueError,'must not all be 0'), ((mixup(),cutmix()),dict(weights=[1,-1]),ValueError,'weight=-1'),
+    ((mixup(),cutmix()),dict(weights=['a',1]),TypeError,"weight='a'")])
 def test_one_of_refuses(args, kw, error, says):
     with pytest.raises(error, match=says): one_of(*args, **kw)
 
-@pytest.mark.parametrize('f,says', [(lambda: resizemix((.5,.1)), 'scale='), (lambda: resizemix((0,.5)), 'scale='), (lambda: resizemix((.1,1.5)), 'scale='), (lambda: resizemix(.5), 'scale='),
-    (lambda: resizemix(('a','b')), 'scale='), (lambda: resizemix((.1,.2,.3)), 'scale='), (lambda: fmix(1., -1), 'decay='), (lambda: fmix(1., float('nan')), 'decay='), (lambda: fmix(1., 'fast'), 'decay='),
+@pytest.mark.parametrize('f,says', [(lambda: resizemix((.5,.1)), 'scale='), (lambda: resizemix((0,.5)), 'scale='),
+    (lambda: resizemix((.1,1.5)), 'scale='), (lambda: resizemix(.5), 'scale='),
+    (lambda: resizemix(('a','b')), 'scale='), (lambda: resizemix((.1,.2,.3)), 'scale='), (lambda: fmix(1., -1),
+        'decay='), (lambda: fmix(1., float('nan')), 'decay='), (lambda: fmix(1., 'fast'), 'decay='),
     (lambda: per_batch(.4), 'recipe'), (lambda: per_batch(mixup), 'recipe')])
 def test_bad_arguments_are_refused_at_once(f, says):
     with pytest.raises((ValueError,TypeError), match=says): f()

@@ -14,9 +14,11 @@ from fastai_mixup_ext.schedules import check_value, value_at
 
 inf,nan = float('inf'),float('nan')
 
-@pytest.mark.parametrize('name,make', [('alpha',mixup), ('alpha',cutmix), ('alpha',fmix), ('alpha',MixUpCallback), ('alpha',CutMixCallback), ('alpha',FMixCallback),
+@pytest.mark.parametrize('name,make', [('alpha',mixup), ('alpha',cutmix), ('alpha',fmix), ('alpha',MixUpCallback),
+    ('alpha',CutMixCallback), ('alpha',FMixCallback),
     ('p',lambda p: MixUpCallback(p=p)), ('p',lambda p: MixCallback(cutmix(), p=p)), ('frac',until)])
-@pytest.mark.parametrize('value,error', [(-.1,ValueError), (nan,ValueError), (inf,ValueError), (-inf,ValueError), ('1',TypeError), (None,TypeError), (True,TypeError), ([.5],TypeError), (1j,TypeError)])
+@pytest.mark.parametrize('value,error', [(-.1,ValueError), (nan,ValueError), (inf,ValueError), (-inf,ValueError), ('1',TypeError),
+    (None,TypeError), (True,TypeError), ([.5],TypeError), (1j,TypeError)])
 def test_a_bad_number_is_refused_at_once(name, make, value, error):
     "By its name, its value, the rule and the remedy"
     with pytest.raises(error) as e: make(value)
@@ -29,7 +31,8 @@ def test_a_probability_is_at_most_one(p):
 @pytest.mark.parametrize('value', [0,1,.4,np.float32(.5),np.int64(1),Fraction(1, 2)])
 def test_any_real_number_is_a_number(value): assert mixup(value).alpha==value and MixUpCallback(value, p=value).p==value
 
-scheds = {'cos': SchedCos(1, 0), 'lin': SchedLin(.1, .9), 'exp': SchedExp(1e-3, 1), 'no': SchedNo(.3, .3), 'poly': SchedPoly(0, 1, 2), 'combined': combine_scheds([.25,.75], [SchedLin(0, 1), SchedCos(1, 0)]),
+scheds = {'cos': SchedCos(1, 0), 'lin': SchedLin(.1, .9), 'exp': SchedExp(1e-3, 1), 'no': SchedNo(.3, .3), 'poly': SchedPoly(0, 1, 2),
+    'combined': combine_scheds([.25,.75], [SchedLin(0, 1), SchedCos(1, 0)]),
     'lambda': lambda t: t**2, 'tensor': lambda t: torch.tensor(t), 'numpy': lambda t: np.float64(t), 'until': until(.5, .7)}
 
 @pytest.mark.parametrize('f', scheds.values(), ids=scheds)
