@@ -8,6 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 from __future__ import annotations
 import sys
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 import torch
 from torch import Generator, Tensor, nn
@@ -40,7 +41,8 @@ class _Away(tuple):
 class _Batch:
     "What the callback knows about the current batch"
     mix = place = None
-    blended = floated = False  # are the targets blended? were they integers before?
+    pair = floated = False     # do the targets need a pair of losses? were they integers that are now blended?
+    over = False
     tensors = 0                # how many inputs have been mixed
 
 def _first(o):
@@ -102,7 +104,7 @@ class MixCallback(Callback):
         if x.dim()==0 or len(x)<2 or not self._chosen(): return
         _check_targets(self.learn.yb, len(x))
         module = self._draw_place()
-        if module is not None: self._batch.place = Place(self.learn.model, module, lambda: self.learn.xb, self._mix_output)
+        if module is not None: self._batch.place = Place(self.learn.model, module, partial(getattr, self.learn, 'xb'), self._mix_output)
         else:
             self._batch.mix = self.draw(x, self.learn.yb)
             if _sorts_by_length(self.learn.model): self._sort()
@@ -114,9 +116,8 @@ class MixCallback(Callback):
         b,learn = self._batch,self.learn
         if b.place and not b.place.done:
             raise RuntimeError(f"at: the model did not call {type(b.place.module).__name__}, so nothing was mixed; name modules that every forward calls (a compiled model calls none)")
-        if not b.mix or not len(learn.yb): return
         if b.floated: _check_sizes(learn.loss_func, learn.pred, learn.yb)
-        if not b.blended: learn.yb = _Away(learn.yb)
+        if b.pair and len(learn.yb): learn.yb = _Away(learn.yb)
 
     def after_loss(self):
         "Give the targets back, with the loss that goes with the mix"
@@ -127,7 +128,12 @@ class MixCallback(Callback):
     def after_batch(self):
         "A cancelled batch too ends with its targets"
         self._give_back()
+        self._batch.over = True  # metrics still ask for its mix
         if self._batch.place: self._batch.place.remove()
+
+    def after_cancel_batch(self):
+        "A batch cancelled before it came to us has no mix"
+        if self._batch.over: self._clear()
 
     def forget(self):
         "Let go of the last batch"
@@ -197,9 +203,11 @@ def draw(self:MixCallback,
 def _mix_targets(self:MixCallback):
     "Blend or paste the targets if that will do"
     yb = self.learn.yb
-    targets = mixed_targets(self.learn.loss_func, yb, self.mix) if len(yb) else None
+    if not len(yb): return
+    targets = mixed_targets(self.learn.loss_func, yb, self.mix)
+    self._batch.pair = targets is None
     if targets is None: return
-    self._batch.blended,self._batch.floated = True,any(_is_number(t) and not _is_number(y) for t,y in zip(targets, yb))
+    self._batch.floated = any(_is_number(t) and not _is_number(y) for t,y in zip(targets, yb))
     self.learn.yb = targets
 
 @patch

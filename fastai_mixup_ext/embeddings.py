@@ -33,12 +33,15 @@ class MixedIds(Tensor):
 
 # %% ../nbs/api/06_embeddings.ipynb #both
 def _on_both(func, args, kwargs):
+    ours = isinstance(args[0] if args else None, MixedIds)         # is it a method of ids, or do they only take part?
+    if func in _losing or not ours and (_writes(func) or 'out' in kwargs): raise _lost(func)
     own = func(*_part(args, 'own'), **_part(kwargs, 'own'))
-    if func in _made_new or own is not None and not _tensors(own): return own
+    if func in _made_new or func in _like and not ours or own is not None and not _tensors(own): return own
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
-    if own is None: return                                       # written in place, on both
-    if func in _joins: args = ([torch.ones_like(o, dtype=torch.float32) if type(o) is Tensor else o for o in args[0]], *args[1:])
-    lam = func(*_part(args, 'lam'), **_part(kwargs, 'lam')) if func in _moves|_joins else _tensors((args, kwargs), MixedIds)[0].lam
+    if own is None: return                                         # written in place, on both
+    lam = _tensors((args, kwargs), MixedIds)[0].lam
+    if func in _joins: lam = func(*_filled(args, lam), **_filled(kwargs, lam))
+    elif func in _moves and ours: lam = func(*_part(args, 'lam'), **_part(kwargs, 'lam'))
     if isinstance(own, Tensor): return _together(func, own, other, lam)
     return type(own)(_together(func, a, b, lam[i] if isinstance(lam, (tuple, list)) else lam) for i,(a,b) in enumerate(zip(own, other)))
 
@@ -47,6 +50,14 @@ def _part(o, name):
     if isinstance(o, MixedIds): return getattr(o, name)
     if isinstance(o, (tuple, list)): return type(o)(_part(a, name) for a in o)
     return {k:_part(v, name) for k,v in o.items()} if isinstance(o, dict) else o
+
+def _filled(o, lam):
+    "The shares of tensors to be joined; plain ones, the same in a row and its partner, get their row's"
+    if isinstance(o, MixedIds): return o.lam
+    if isinstance(o, (tuple, list)): return type(o)(_filled(a, lam) for a in o)
+    if isinstance(o, dict): return {k:_filled(v, lam) for k,v in o.items()}
+    if not isinstance(o, Tensor): return o
+    return _by_row(lam, o).expand(o.shape) if o.dim() and len(o)==len(lam) else torch.ones_like(o, dtype=lam.dtype)
 
 def _tensors(o, cls=Tensor):
     if isinstance(o, cls): return [o]
@@ -57,26 +68,32 @@ def _tensors(o, cls=Tensor):
 def _together(func, own, other, lam):
     if own.dtype==torch.bool: return own & other if func in _all_of else own | other
     lam = _fit(lam, own, func)
-    if not own.is_floating_point(): return MixedIds(own, other, lam.expand(own.shape))
+    if not own.is_floating_point(): return MixedIds(own, other, lam.expand(own.shape).contiguous())
     if own.dtype in (torch.float32, torch.float64): return torch.lerp(other, own, lam.to(own.dtype))
     return torch.lerp(other.float(), own.float(), lam).to(own.dtype)
 
 def _fit(lam, like, func):
     "`lam` with the axes of `like`: position for position, or else row for row"
-    if lam.shape!=like.shape[:lam.dim()]:
-        if not like.dim() or not lam.dim() or len(lam)!=len(like):
-            raise TypeError(f"ids of shape {tuple(lam.shape)} were mixed, but {func.__name__} made {tuple(like.shape)} of them; name the module to mix at instead: at=model.embedding")
-        lam = lam.reshape(len(lam), -1)[:,0]
-    return lam.view(*lam.shape, *[1]*(like.dim()-lam.dim()))
+    if lam.shape==like.shape[:lam.dim()]: return lam.view(*lam.shape, *[1]*(like.dim()-lam.dim()))
+    if not like.dim() or not lam.dim() or len(lam)!=len(like): raise _lost(func, f" made {tuple(like.shape)} of {tuple(lam.shape)}")
+    return _by_row(lam, like)
+
+def _by_row(lam, like): return lam.reshape(len(lam), -1)[:,0].view(-1, *[1]*(like.dim()-1))
+
+def _writes(func): return func.__name__=='__setitem__' or func.__name__[-1]=='_' and func.__name__[-2:]!='__'
+
+def _lost(func, what=''): return TypeError(f"{func.__name__}{what}: mixed ids can't be followed through it; name the module to mix at instead, at=model.embedding")
 
 def _named(names, *owners): return {getattr(o, n) for n in names.split() for o in owners if hasattr(o, n)}
 
-_moves = _named('reshape flatten unflatten unsqueeze squeeze transpose permute t unbind chunk split tensor_split narrow select index_select clone detach movedim '
+_moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split narrow select index_select clone detach movedim '
     'moveaxis swapaxes swapdims flip roll repeat_interleave tile gather take_along_dim masked_select', torch, Tensor) | _named(
     '__getitem__ view view_as expand expand_as repeat contiguous cpu cuda', Tensor) | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.data.__get__}
 _joins = _named('cat concat stack hstack vstack', torch)
-_all_of = _named('eq __eq__ lt le', torch, Tensor)
+_like = _named('to type_as expand_as view_as reshape_as', Tensor)
 _made_new = _named('new_zeros new_ones new_full new_empty new_tensor', Tensor) | _named('zeros_like ones_like full_like empty_like', torch)
+_all_of = _named('eq __eq__ lt __lt__ less le __le__ less_equal logical_not isin', torch, Tensor)
+_losing = _named('numpy tolist item __array__ __int__ __float__ __index__', Tensor)
 
 # %% ../nbs/api/06_embeddings.ipynb #inputs
 def mix_input(
@@ -98,7 +115,7 @@ def mix_input(
     if x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8: return blend(x, mix, out(x))
     if mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, x) is not None: return blend(x, mix)
     other = x[mix.partner]
-    return x | other if x.dtype==torch.bool else MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape))
+    return x | other if x.dtype==torch.bool else MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape).contiguous())
 
 # %% ../nbs/api/06_embeddings.ipynb #length
 def by_length(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from fastai.layers import NoneReduce
 from fastai.losses import BaseLoss, CrossEntropyLossFlat, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
-from .mix import Mix, blend, _over, _partners, _plain
+from .mix import Mix, blend, _exact, _over, _partners, _plain
 
 # %% auto #0
 __all__ = ['mixed_targets', 'by_row', 'mixed_loss']
@@ -107,21 +107,26 @@ def _reduce_classes(spec, logp, loss, count, share, axis):
         w = spec.weight if spec.weight is not None and not spec.smooth_all else None
         smooth = -(logp if w is None else logp*w.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))).sum(axis) * (spec.eps/logp.shape[axis])
         if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum()/share.sum() + smooth.mean()
-        loss = (1-spec.eps)*loss + smooth*(1 if spec.smooth_all else count)
+        loss = (1-spec.eps)*loss + (smooth if spec.smooth_all else torch.where(count!=0, smooth*count, 0))
     if spec.reduction=='mean': return loss.sum()/share.sum()
     if spec.reduction=='sum': return loss.sum()
     return loss.unsqueeze(axis).transpose(axis, -1).reshape(-1) if spec.flat else loss
 
 # %% ../nbs/api/05_losses.ipynb #apart
 _plain_means = {FocalLoss, DiceLoss, nn.MultiMarginLoss}
-_found = WeakKeyDictionary()  # loss -> how it averages its rows: 'plain', 'weighted', or '' (it can't be taken apart)
+_found = WeakKeyDictionary()  # loss -> (its reduction, can it be taken apart?)
 
-def _averages(f):
-    "How `f` averages its rows: 'plain', 'weighted', or ''; None: only a call will tell"
-    inner = f.func if isinstance(f, BaseLoss) and type(f).__call__ is BaseLoss.__call__ else f
-    if type(inner) in _plain_means: return 'plain'
-    try: return _found.get(f, None if _can_reduce(f) else '')
-    except TypeError: return None if _can_reduce(f) else ''  # can't be remembered
+def _is_plain(f):
+    "Is its mean known to be a plain one?"
+    return type(f.func if isinstance(f, BaseLoss) and type(f).__call__ is BaseLoss.__call__ else f) in _plain_means
+
+def _known(f):
+    "Can `f` be taken apart? None: only a call will tell"
+    if _is_plain(f): return True
+    if not _can_reduce(f): return False
+    try: reduction,apart = _found.get(f, (None, None))
+    except TypeError: return None  # can't be remembered
+    return apart if reduction==_reduction(f) else None
 
 def _can_reduce(f):
     if hasattr(f, 'reduction'): return True
@@ -134,63 +139,69 @@ def _rows(f, pred, yb):
     "The loss unreduced, as it comes"
     with NoneReduce(f) as g: return g(pred, *yb)
 
-def _weights(f, y, like):
+def _weights(f, yb, rows):
     "What each value of an unreduced loss counts for, going by the loss's `weight` and `ignore_index`"
-    f,y = getattr(f, 'func', f),y.reshape(like.shape).long()
-    count = y!=getattr(f, 'ignore_index', -100)
-    weight = getattr(f, 'weight', None)
-    return count.to(like.dtype) if weight is None else weight.to(like.dtype)[y*count]*count
+    if len(yb)>1 or yb[0].numel()!=rows.numel() or _is_number(yb[0]): return torch.ones_like(rows)
+    y = (yb[0].transpose(f.axis, -1) if isinstance(f, BaseLoss) else yb[0]).reshape(rows.shape).long()
+    f = getattr(f, 'func', f)
+    count,weight = y!=getattr(f, 'ignore_index', -100),getattr(f, 'weight', None)
+    return count.to(rows.dtype) if weight is None else weight.to(rows.dtype)[y*count]*count
 
 def _find_out(f, pred, yb):
-    "Call `f` both ways to see how it averages its rows"
+    "Call `f` both ways to see whether it can be taken apart; None: this batch can't tell"
     whole = f(pred, *yb)
     try: rows = _rows(f, pred, yb)
-    except Exception: return ''  # it has just worked the other way
-    if not isinstance(rows, Tensor) or rows.dim()==0 or rows.numel()%len(yb[0]): return ''
-    def same(a): return isinstance(whole, Tensor) and whole.dim()==0 and torch.allclose(a, whole, rtol=1e-4)
-    red = _reduction(f)
-    if red=='none' or red=='sum' and same(rows.sum()): return 'plain'
-    if red=='mean' and len(yb)==1 and yb[0].numel()==rows.numel() and same(rows.sum()/_weights(f, yb[0], rows).sum()): return 'weighted'
-    return 'plain' if red=='mean' and same(rows.mean()) else ''
+    except Exception: return False  # it has just worked the other way
+    if not isinstance(rows, Tensor) or rows.dim()==0 or rows.numel()%len(yb[0]): return False
+    if _reduction(f)=='none': return True
+    if not isinstance(whole, Tensor) or whole.dim(): return False
+    if not whole.isfinite(): return None
+    means = (rows.mean(), rows.sum()/_weights(f, yb, rows).sum()) if _reduction(f)=='mean' else (rows.sum(),)
+    return any(torch.allclose(m, whole, rtol=1e-4 if whole.dtype in _exact else 2e-2) for m in means)
 
 # %% ../nbs/api/05_losses.ipynb #takes-apart
 def by_row(
     loss_func:Callable # Any loss function or module
 )->bool|None: # None: only its first batch will tell
     "Can `loss_func` be taken apart into rows, so that each row may have its own lam?"
-    if _classes(loss_func): return True
-    how = _averages(loss_func)
-    return how if how is None else bool(how)
+    return True if _classes(loss_func) else _known(loss_func)
 
 # %% ../nbs/api/05_losses.ipynb #whole
 def _settle(f, pred, yb):
-    "How `f` averages its rows, found out and remembered; a loss that can't be taken apart is told of once"
-    how = _averages(f)
-    if how is None: how = _find_out(f, pred, yb)
-    try: told,_found[f] = f in _found,how
+    "Can `f` be taken apart? Found out and remembered; one that can't is told of once"
+    apart = _known(f)
+    if apart is None: apart = _find_out(f, pred, yb)
+    if apart is None: return False  # this batch is mixed with one lam, the next one may tell
+    try:
+        told = f in _found
+        _found[f] = _reduction(f) if _can_reduce(f) else None, apart
     except TypeError: told = False
-    if how=='' and not told:
+    if not (apart or told):
         name = getattr(f, '__name__', type(f).__name__)
         warn(f"{name} can't be taken apart into rows: it has no `reduction` that can be set to 'none'. Each batch is mixed with one lam", stacklevel=4)
-    return how
+    return apart
 
-def _lerp_losses(own, other, lam):
-    "`own` where lam is 1, even beside an infinite `other`"
-    return torch.where(lam<1, torch.lerp(other, own, lam.to(own.dtype)), own)
+def _sum_pair(own, other, lam):
+    "The two lerped; as a sum, so that an infinite loss stays infinite"
+    lam = lam.to(own.dtype)
+    return torch.where(lam==1, own, lam*own + (1-lam)*other)
 
 def _any_pair(f, pred, own, other, lam):
     "The lerped pair for any loss that is called"
-    how = _settle(f, pred, own)
-    if not how: return _lerp_losses(f(pred, *own), f(pred, *other), lam.mean())
+    if not _settle(f, pred, own): return _sum_pair(f(pred, *own), f(pred, *other), lam.mean())
     a,b = _rows(f, pred, own),_rows(f, pred, other)
     if lam.dim()==1: lam = lam.repeat_interleave(a.numel()//len(lam))
     elif isinstance(f, BaseLoss): lam = lam.transpose(f.axis, -1)
     lam = lam.reshape(a.shape)
-    rows,red = _lerp_losses(a, b, lam),_reduction(f)
+    rows,red = _sum_pair(a, b, lam),_reduction(f)
     if red=='none': return rows
     if red=='sum': return rows.sum()
-    if how=='plain': return rows.mean()
-    return rows.sum()/_lerp_losses(_weights(f, own[0], a), _weights(f, other[0], b), lam).sum()
+    if _is_plain(f): return rows.mean()
+    wa,wb = _weights(f, own, a),_weights(f, other, b)
+    with torch.no_grad():
+        whole = f(pred, *own)
+        plain = (a.mean()-whole).abs() <= (a.sum()/wa.sum()-whole).abs()
+    return rows.sum()/torch.where(plain, rows.numel(), _sum_pair(wa, wb, lam).sum())
 
 # %% ../nbs/api/05_losses.ipynb #mixed
 def mixed_loss(
@@ -203,10 +214,15 @@ def mixed_loss(
     yb = yb if isinstance(yb, tuple) else tuple(yb) if isinstance(yb, list) else (yb,)
     targets = mixed_targets(loss_func, yb, mix)
     if targets is not None: return loss_func(pred, *targets)
-    own,other,lam = _pair_targets(yb, mix)
+    own,other,lam = _counted(*_pair_targets(yb, mix))
     spec = _classes(loss_func)
     if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
     return _any_pair(loss_func, pred, own, other, lam)
+
+def _counted(own, other, lam):
+    "A target that counts nothing is replaced by the other one: what is impossible there must not spoil the loss, 0 times infinity"
+    def share(y): return lam.view(y.shape) if lam.numel()==y.numel() else lam.view(-1, *[1]*(y.dim()-1))
+    return tuple(torch.where(share(a)==0, b, a) for a,b in zip(own, other)), tuple(torch.where(share(a)==1, a, b) for a,b in zip(own, other)), lam
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"
@@ -215,4 +231,4 @@ def _pair_targets(yb, mix):
     own = tuple(blend(y, mix) if _pasted(y, mix) else y for y in yb)
     other = tuple(o if _pasted(y, mix) else _partners(y, mix, m is not None) for y,o,m in zip(yb, own, over))
     maps = mix.mask.is_floating_point() and all(m is not None for m in over)
-    return own, other, over[0].expand(yb[0].shape) if maps else mix.lam
+    return own, other, over[0].expand(yb[0].shape).contiguous() if maps else mix.lam

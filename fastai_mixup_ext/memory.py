@@ -25,7 +25,7 @@ class Scratch:
         n = x.nbytes
         if x.device.type!='cpu' or n<_worth or not _countable or torch.compiler.is_compiling(): return None
         if self._store is None or self._store.nbytes()<n or self._holders()!=self._alone or self._store.is_shared():
-            self._store = torch.empty(n, dtype=torch.uint8).untyped_storage()
+            self._store = torch.empty(n, dtype=torch.uint8, device='cpu').untyped_storage()
             self._alone = self._holders()
         return x.new_empty(0).set_(self._store, 0, x.shape, torch.empty_like(x, device='meta').stride())
 

@@ -26,7 +26,7 @@ class mixed_accuracy(Metric):
 
     def accumulate(self, learn):
         cb = next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
-        hits = _hits(learn.pred, learn.yb, cb.mix if cb and learn.training and not cb._batch.blended else None, self.axis)
+        hits = _hits(learn.pred, learn.yb, cb.mix if cb and cb._batch.pair else None, self.axis)
         self.hits,self.count = self.hits+hits.sum().double(),self.count+hits.numel()
 
     @property
@@ -36,7 +36,7 @@ def _hits(pred, yb, mix, axis):
     "What each prediction hits; a soft target says itself how much each class counts"
     pred,y = pred.as_subclass(Tensor).detach(),yb[0].as_subclass(Tensor)
     guess = pred.argmax(axis)
-    if _is_number(y): return y.gather(axis, guess.unsqueeze(axis))
+    if _is_number(y) or y.shape==pred.shape: return y.gather(axis, guess.unsqueeze(axis)).float()
     if mix is None: return (guess==y.reshape(guess.shape)).float()
     (own,*_),(other,*_),lam = _pair_targets(yb, mix)
     own,other = ((guess==o.reshape(guess.shape)).float() for o in (own, other))

@@ -27,9 +27,11 @@ class Mix:
         n = _shape(self.partner)
         if len(n)!=1 or self.partner.dtype!=torch.int64: raise _bad('partner', self.partner, "a 1-D int64 tensor of row numbers")
         if _shape(self.lam)!=n or not self.lam.is_floating_point(): raise _bad('lam', self.lam, f"a floating tensor of shape {n}, like partner")
-        m = self.mask
-        if m is not None and not (m.dim()>2 and m.shape[0] in (1,*n) and m.shape[1]==1 and (m.dtype==torch.bool or m.is_floating_point())):
-            raise _bad('mask', m, f"a bool or floating tensor of shape ({n[0]} or 1, 1, *spatial)")
+        m,b = _shape(self.mask),_shape(self.box)
+        if self.mask is not None and not (len(m)>2 and m[0] in (1,*n) and m[1]==1 and (self.mask.dtype==torch.bool or self.mask.is_floating_point())):
+            raise _bad('mask', self.mask, f"a bool or floating tensor of shape ({n[0]} or 1, 1, *spatial)")
+        if self.box is not None and not (b[:1] in ((1,), n) and b[1:]==(2, len(m)-2) and self.box.is_floating_point()):
+            raise _bad('box', self.box, f"a floating tensor of shape ({n[0]} or 1, 2, d), with a mask over d axes")
 
     def __len__(self): return len(self.partner)
 

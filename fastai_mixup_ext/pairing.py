@@ -7,6 +7,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/pairing.html.md"""
 # %% ../nbs/api/02_pairing.ipynb #imports
 from __future__ import annotations
 from dataclasses import dataclass
+from numbers import Real
 import torch
 from torch import Generator, Tensor
 from .mix import _plain
@@ -21,7 +22,7 @@ def shuffled(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random permutation of the rows: the paper's pairing"
-    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(len(x), generator=generator)
+    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(len(x), device=x.device, generator=generator)
     return _uniform((len(x),), x.device, generator).argsort()
 
 def _uniform(size, device, generator):
@@ -81,7 +82,8 @@ class by_target_distance:
     bandwidth:float=1. # h > 0, in the units of the target
 
     def __post_init__(self):
-        if not self.bandwidth>0: raise ValueError(f"bandwidth={self.bandwidth!r} must be a number > 0, in the units of the target")
+        if isinstance(self.bandwidth, bool) or not isinstance(self.bandwidth, Real) or not self.bandwidth>0:
+            raise ValueError(f"bandwidth={self.bandwidth!r} must be a number > 0, in the units of the target")
 
     def __call__(self,
         x:Tensor, # (n, ...) the inputs; only their number and device count
@@ -91,7 +93,8 @@ class by_target_distance:
         "Draw the partners"
         ys = [y for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor) and y.is_floating_point()]
         if not ys: raise ValueError("by_target_distance needs a floating target: it is for regression. Use shuffled or within_class for labels")
-        y = _plain(ys[0]).reshape(len(x), -1).float()
+        y = _plain(ys[0]).reshape(len(x), -1)
+        if y.dtype!=torch.float64: y = y.float()
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
         noise = _uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
         return (log_p - (-noise.log()).log()).argmax(1)

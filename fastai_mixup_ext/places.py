@@ -6,9 +6,10 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/places.html.md"""
 
 # %% ../nbs/api/07_places.ipynb #imports
 from __future__ import annotations
+import sys
 from collections.abc import Callable
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 # %% auto #0
 __all__ = ['Place', 'find_places']
@@ -22,26 +23,23 @@ class Place:
         inputs:Callable, # Called without arguments, gives the inputs of the call that is meant
         f:Callable # From the module's output to what takes its place
     ):
-        self.model,self.module,self.inputs,self.f = model,module,inputs,f
-        self.here = self.done = False
-        self.hooks = register_module_forward_pre_hook(self._enter),register_module_forward_hook(self._leave, always_call=True)
+        self.model,self.module,self.inputs,self.f,self.done = model,module,inputs,f,False
+        self.hook = register_module_forward_hook(self._called)
 
-    def _enter(self, module, args):
-        "The model is called: is it the call that is meant?"
-        if module is not self.model: return
-        mine = self.inputs()
-        self.here = not self.here and module.training and len(args)==len(mine) and all(a is b for a,b in zip(args, mine))
-        if not self.here: self.remove()
-
-    def _leave(self, module, args, out):
-        "A module has its output; or, with `out` None, it failed"
-        if module is self.module and self.here and not self.done and out is not None: self.done,out = True,self.f(out)
-        if self.done or module is self.model: self.remove()
+    def _called(self, module, args, out):
+        if module is not self.module and module is not self.model: return
+        self.remove()
+        if module is self.module and self._within(): self.done,out = True,self.f(out)
         return out
 
-    def remove(self):
-        for h in self.hooks: h.remove()
-        self.here = False
+    def _within(self):
+        "Are we in the call that is meant?"
+        frame = sys._getframe(2)
+        while frame and not (frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals['self'] is self.model): frame = frame.f_back
+        mine = self.inputs()
+        return bool(frame) and self.model.training and len(frame.f_locals['args'])==len(mine) and all(a is b for a,b in zip(frame.f_locals['args'], mine))
+
+    def remove(self): self.hook.remove()
 
 # %% ../nbs/api/07_places.ipynb #find
 def find_places(

@@ -47,5 +47,8 @@ class until:
     frac:float # Fraction of training, 0 to 1
     value:float|Callable=1. # A number, or a schedule of its own
 
-    def __post_init__(self): check_value('frac', self.frac, 1.)
+    def __post_init__(self):
+        check_value('frac', self.frac, 1.)
+        check_value('value', self.value)
+
     def __call__(self, progress): return value_at('value', self.value, progress) if progress<self.frac else 0.

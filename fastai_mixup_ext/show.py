@@ -45,7 +45,7 @@ def _mixed_batch(learn, cb):
     dl = learn.dls.train
     with _untouched(learn, dl, cb):
         learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
-        xb,yb = learn.xb,learn.yb
+        xb,yb,cb._gens = learn.xb,learn.yb,dict(cb._gens)
         mix = cb.draw(_first(xb), yb)
         mixed = (*(mix_input(x, mix) for x in xb), *yb)
         targets = mixed_targets(learn.loss_func, yb, mix) if len(yb) else None
@@ -83,7 +83,7 @@ def _show_picture(pic, ax, title, masks):
     lo,hi = pic.min(),pic.max()
     if lo<0 or hi>1: pic = (pic-lo)/(hi-lo)  # not colours: stretched to be seen
     show_image(pic, ctx=ax, title=title, **(dict(cmap='gray') if len(pic)==1 else {}))
-    for mask,share in masks: ax.imshow(mask, alpha=.6*share, cmap='tab20', interpolation='nearest')
+    for mask,share in masks: ax.imshow(mask, alpha=.6*share, cmap='tab20', vmin=0, vmax=19, interpolation='nearest')
 
 def _titles(a, b, targets, lam):
     "The targets of an item and its partner: labels as text, classes per position as masks with their shares"
@@ -122,7 +122,7 @@ def show_mixed_batch(self:Learner,
     for i,(ax,pic) in enumerate(zip(ctxs, pics)):
         seen = [None if targets is None else t[i] for t in targets or own[i][n_inp:]]
         _show_picture(pic, ax, *_titles(own[i][n_inp:], other[i][n_inp:], seen, lams[i]))
-    return list(ctxs)
+    return list(ctxs)[:n]
 
 def _grid(n, figsize):
     cols = min(n, 3)
