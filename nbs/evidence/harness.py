@@ -4,13 +4,15 @@ A page runs small by default, as a test; `MIXUP_EVIDENCE=full` makes it the whol
 import json, math, os
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: F401 (for the pages)
 import numpy as np
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
-from fastai.callback.progress import ProgressCallback  # gives a learner `no_bar`
-from fastai.callback.schedule import fit_one_cycle  # gives it this method
+from fastai.callback.progress import ProgressCallback  # noqa: F401 (gives a learner `no_bar`)
+from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (gives it this method)
+from IPython import get_ipython
 from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 from fastai_mixup_ext import MixUpCallback
 
 torch.set_num_threads(1)  # the networks are small
+if get_ipython(): set_matplotlib_formats('png')  # and so are the pages
 full = os.environ.get('MIXUP_EVIDENCE')=='full'
 results = Path(__file__).parent/'results'
 
@@ -45,13 +48,14 @@ def mlp(n_in, width, n_out):
 def convnet(width=16):
     "Three convolutions for the digits"
     sizes = 1, width, 2*width, 4*width
-    convs = [nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i,o,s in zip(sizes, sizes[1:], (1, 2, 2))]
-    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
+    def conv(i, o, stride): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(*map(conv, sizes, sizes[1:], (1, 2, 2)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
 
 def series_net(width=25):
     "Three convolutions for MNIST-1D"
     def conv(i, o, size): return nn.Conv1d(i, o, size, 2, size//2), nn.BatchNorm1d(o), nn.ReLU()
-    return nn.Sequential(nn.Unflatten(1, (1, 40)), *conv(1, width, 5), *conv(width, width, 3), *conv(width, width, 3), nn.Flatten(), nn.Linear(5*width, 10))
+    convs = *conv(1, width, 5), *conv(width, width, 3), *conv(width, width, 3)
+    return nn.Sequential(nn.Unflatten(1, (1, 40)), *convs, nn.Flatten(), nn.Linear(5*width, 10))
 
 # Training
 
@@ -64,9 +68,11 @@ class Batches:
         rows = torch.cat([torch.randperm(n) for _ in range(math.ceil(self.steps*self.bs/n))])
         for i in rows[:self.steps*self.bs].split(self.bs): yield self.x[i],self.y[i]
 
-def train(make, data, *, seed, alpha=0, epochs=30, steps=10, bs=50, lr=.005, fit=Learner.fit_one_cycle, test=None, loss_func=None, **kwargs):
-    """A learner with the network `make()`, trained on `data`; with `alpha`, under a `MixUpCallback` that gets `kwargs`. With `test` it records the error of each epoch.
-    The callback draws from a generator of its own: with it and without it, the same seed means the same first weights and the same batches"""
+def train(make, data, *, seed, alpha=0, epochs=30, steps=10, bs=50, lr=.005, fit=Learner.fit_one_cycle, test=None, loss_func=None,
+        **kwargs):
+    """A learner with the network `make()`, trained on `data`; with `alpha`, under a `MixUpCallback` that gets `kwargs`.
+    The callback draws from a generator of its own: with it and without it, the same seed means the same first weights and batches.
+    With `test` the learner records the error after each epoch"""
     set_seed(seed)
     dls = DataLoaders(Batches(*data, bs, steps), [test] if test else [])
     cbs = MixUpCallback(alpha, seed=seed, **kwargs) if alpha else []
@@ -89,7 +95,7 @@ def error_by_epoch(learn): return [float(o[-1]) for o in learn.recorder.values]
 def mean_sd(values): return f'{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}'
 
 class Comparison:
-    "One value for each seed without and with mixup; a paired t-test says whether they differ as claimed: downwards, or with `higher` upwards"
+    "A value for each seed without and with mixup; a paired t-test says whether they differ as claimed: downwards, or upwards if `higher`"
     def __init__(self, setting, plain, mixup, higher=False):
         self.setting,self.plain,self.mixup,self.higher = setting,list(map(float, plain)),list(map(float, mixup)),higher
         diff = np.subtract(self.mixup, self.plain)
@@ -100,7 +106,9 @@ class Comparison:
         if self.p>=.05: return 'not shown'
         return 'confirmed' if (self.diff>0)==self.higher else 'contrary'
 
-    def cells(self): return self.setting, mean_sd(self.plain), mean_sd(self.mixup), f'{self.diff:+.2g}', f'{self.p:.2g}' if self.p>=.001 else '< 0.001', self.verdict
+    def cells(self):
+        p = f'{self.p:.2g}' if self.p>=.001 else '< 0.001'
+        return self.setting, mean_sd(self.plain), mean_sd(self.mixup), f'{self.diff:+.2g}', p, self.verdict
 
 def overall(comparisons):
     "One verdict on all `comparisons`"
@@ -109,6 +117,8 @@ def overall(comparisons):
     return ', '.join(f'{o} in {found.count(o)} of {len(found)}' for o in ('confirmed', 'contrary') if o in found)
 
 # Pages
+
+def label(alpha): return f'mixup, alpha={alpha:g}' if alpha else 'plain'
 
 def table(head, rows):
     "A Markdown table"
@@ -122,7 +132,8 @@ def conclude(name, claim, paper, measure, comparisons, columns=('plain', 'mixup'
     if full: file.write_text(json.dumps(kept, indent=1, ensure_ascii=False)+'\n')
     else: check_kept(json.loads(file.read_text()), kept)
     body = table((measure, *columns, 'difference', 'p', 'claim'), [c.cells() for c in comparisons])
-    return Markdown(f'{body.data}\n\n{len(comparisons[0].plain)} seeds, mean ± standard deviation, paired t-test. **{claim}: {overall(comparisons)}.**')
+    seeds = len(comparisons[0].plain)
+    return Markdown(f'{body.data}\n\n{seeds} seeds, mean ± standard deviation, paired t-test. **{claim}: {overall(comparisons)}.**')
 
 def kept_comparisons(kept): return [Comparison(**o) for o in kept['comparisons']]
 
