@@ -1,4 +1,4 @@
-"""No value is waited for: on `meta` tensors, which have none; by counting what is read; and compiled, one graph for any lam and batch size."""
+"""No value is waited for: on `meta` tensors, which have none; by counting what is read; and compiled, one graph for every lam and size."""
 import shutil
 from contextlib import contextmanager
 

@@ -339,8 +339,9 @@ def test_per_batch():
 
 @pytest.mark.parametrize('args,kw,error,says', [((),{},TypeError,'needs two or more recipes'), ((mixup(),),{},TypeError,'two or more'),
     ((mixup(),cutmix),{},TypeError,'one_of'),
-    ((mixup(),cutmix()),dict(weights=[1]),ValueError,'one entry for each of the 2'), ((mixup(),cutmix()),dict(weights=2),TypeError,'weights'),
-    ((mixup(),cutmix()),dict(weights=[0,0]),ValueError,'must not all be 0'), ((mixup(),cutmix()),dict(weights=[1,-1]),ValueError,'weight=-1'),
+    ((mixup(),cutmix()),dict(weights=[1]),ValueError,'one entry for each of the 2'),
+    ((mixup(),cutmix()),dict(weights=2),TypeError,'weights'), ((mixup(),cutmix()),dict(weights=[0,0]),ValueError,'must not all be 0'),
+    ((mixup(),cutmix()),dict(weights=[1,-1]),ValueError,'weight=-1'),
     ((mixup(),cutmix()),dict(weights=['a',1]),TypeError,"weight='a'")])
 def test_one_of_refuses(args, kw, error, says):
     with pytest.raises(error, match=says): one_of(*args, **kw)
