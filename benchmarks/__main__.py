@@ -19,6 +19,10 @@ def show(rows):
         df[k] = [f'{v:.2f} ({l:.2f}–{h:.2f})' for v,l,h in zip(df[k], df.low, df.high)]
     return df.drop(columns=['low', 'high', 'values', 'relative'], errors='ignore').to_string(index=False, float_format='%.2f')
 
+def _tell(results, table, title, rows, **about):
+    results[table] = dict(title=title, **about, rows=rows)
+    print(f"\n{table}: {title}\n{show(rows)}")
+
 @call_parse
 def main(
     only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
@@ -40,12 +44,11 @@ def main(
     for k in chosen:
         set_seed(42)
         before = about(device)
-        for table,rows in sections[k](run).items():
-            results[table] = dict(title=sections[k].__doc__, about=before, rows=rows)
-            print(f"\n{table}: {sections[k].__doc__}\n{show(rows)}")
+        tables = sections[k](run)
+        before['load'] = max(before['load'], about(device)['load'])
+        for table,rows in tables.items(): _tell(results, table, sections[k].__doc__, rows, about=before)
         print('   '.join(f'{k} {v}' for k,v in before.items()), flush=True)
-    rows = budgets(results)
-    if rows: print(f"\nbudgets: {budgets.__doc__}\n{show(rows)}")
-    results['budgets'] = dict(title=budgets.__doc__, rows=rows)
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
+    if rows := budgets(results): _tell(results, 'budgets', budgets.__doc__, rows)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
     draw_plots(results, out)

@@ -37,7 +37,7 @@ def alternate(
     warm:int=2 # Rounds that are dropped
 )->dict: # Name -> array of `rounds` seconds per call
     "Time `fs` in turn, A B C A B C ..., so that what slows the machine down for a while slows all of them"
-    many = {k:1 + int(least/max(min(clock(f, range(1), device) for _ in range(3)), 1e-7)) for k,f in fs.items()}
+    many = {k:1 + int(least/max(min(clock(f, range(1), device) for _ in range(3)), 1e-7)) if least else 1 for k,f in fs.items()}
     took = {k:[] for k in fs}
     for r in range(warm+rounds):
         for k,f in fs.items(): took[k].append(clock(f, range(r*many[k], (r+1)*many[k]), device))
