@@ -106,7 +106,7 @@ class Comparison:
 
     def cells(self):
         p = f'{self.p:.2g}' if self.p>=.001 else '< 0.001'
-        return self.setting, mean_sd(self.plain), mean_sd(self.mixup), f'{round(self.diff, 6):+.2g}', p, self.verdict
+        return self.setting, mean_sd(self.plain), mean_sd(self.mixup), f'{self.diff if abs(self.diff)>1e-6 else 0:+.2g}', p, self.verdict
 
 def overall(comparisons):
     "One verdict on all `comparisons`"
