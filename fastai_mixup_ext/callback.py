@@ -7,9 +7,10 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 # %% ../nbs/api/08_callback.ipynb #imports
 from __future__ import annotations
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
+from typing import Union
 import torch
 from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
@@ -48,18 +49,27 @@ class _Batch:
 def _first(o):
     "The first tensor in a batch"
     if isinstance(o, Tensor): return o
-    return next((t for t in map(_first, o.values() if isinstance(o, dict) else o if isinstance(o, (tuple, list)) else ()) if t is not None), None)
+    if isinstance(o, dict): o = o.values()
+    elif not isinstance(o, (tuple, list)): return None
+    return next((t for t in map(_first, o) if t is not None), None)
 
 def _check_targets(yb, n):
     for i,y in enumerate(yb):
-        if not isinstance(y, Tensor): raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; make it a tensor with one row per item in the data set or its collate function")
-        if y.dim()==0 or len(y)!=n: raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
+        if not isinstance(y, Tensor):
+            raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; "
+                "make it a tensor with one row per item in the data set or its collate function")
+        if y.dim()==0 or len(y)!=n:
+            raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
 
 def _check_sizes(loss_func, pred, yb):
     "Class numbers can't be compared with a prediction of another size"
     if isinstance(pred, Tensor) and len(yb)==1 and pred.numel()!=yb[0].numel():
-        raise ValueError(f"{type(loss_func).__name__} compares numbers, but the target of shape {tuple(yb[0].shape)} holds integers and the prediction has shape {tuple(pred.shape)}; "
-            "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")
+        raise ValueError(f"{type(loss_func).__name__} compares numbers, but the target of shape {tuple(yb[0].shape)} holds integers "
+            f"and the prediction has shape {tuple(pred.shape)}; "
+                "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")
+
+# %% ../nbs/api/08_callback.ipynb #at
+At = Union[nn.Module, Sequence, Callable, None]
 
 # %% ../nbs/api/08_callback.ipynb #callback
 class MixCallback(Callback):
@@ -72,13 +82,16 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at=None, # Where to mix: a module, a list of modules (None in it: the input), or a function model -> modules; None: the input
+        at:At=None, # Where to mix: a module, a list of modules (None in it: the input), or a function model -> modules; None: the input
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
-        if not isinstance(recipe, Recipe): raise TypeError(f"recipe={recipe!r} must be a recipe such as mixup(.4), or an instance of a subclass of Recipe")
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe={recipe!r} must be a recipe such as mixup(.4), or an instance of a subclass of Recipe")
         if not callable(pair): raise TypeError(f"pair={pair!r} must be a pairing policy such as shuffled: a function of (x, yb, generator)")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)): raise TypeError(f"seed={seed!r} must be an int, or None for torch's global generator")
-        if not (at is None or callable(at) or isinstance(at, (list, tuple))): raise TypeError(f"at={at!r} must be a module, a list of modules, or a function from the model to these")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"seed={seed!r} must be an int, or None for torch's global generator")
+        if not (at is None or callable(at) or isinstance(at, (list, tuple))):
+            raise TypeError(f"at={at!r} must be a module, a list of modules, or a function from the model to these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -92,7 +105,9 @@ class MixCallback(Callback):
     def before_fit(self):
         "Refuse a second mixing callback, and places that the model does not have"
         mixers = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, (MixCallback, MixHandler))]
-        if len(mixers)>1: raise ValueError(f"{' and '.join(mixers)} would mix the same batches; keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
+        if len(mixers)>1:
+            raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
+                "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         if self.at is not None: find_places(self.at, self.learn.model)
         self.forget()
 
@@ -115,7 +130,8 @@ class MixCallback(Callback):
         "Take away targets that need a pair of losses"
         b,learn = self._batch,self.learn
         if b.place and not b.place.done:
-            raise RuntimeError(f"at: the model did not call {type(b.place.module).__name__}, so nothing was mixed; name modules that every forward calls (a compiled model calls none)")
+            raise RuntimeError(f"at: the model did not call {type(b.place.module).__name__}, so nothing was mixed; "
+                "name modules that every forward calls (a compiled model calls none)")
         if b.floated: _check_sizes(learn.loss_func, learn.pred, learn.yb)
         if b.pair and len(learn.yb): learn.yb = _Away(learn.yb)
 
@@ -238,7 +254,7 @@ class MixUpCallback(MixCallback):
     "`MixCallback` with the recipe `mixup(alpha)`"
     def __init__(self,
         alpha:float|Callable=.4, # >= 0, or a function of the fraction of training done; 0: off
-        *, p:float|Callable=1., pair:Callable=shuffled, at=None, seed:int|None=None # as in `MixCallback`
+        *, p:float|Callable=1., pair:Callable=shuffled, at:At=None, seed:int|None=None # as in `MixCallback`
     ): super().__init__(mixup(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/08_callback.ipynb #cutmix
@@ -246,7 +262,7 @@ class CutMixCallback(MixCallback):
     "`MixCallback` with the recipe `cutmix(alpha)`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        *, p:float|Callable=1., pair:Callable=shuffled, at=None, seed:int|None=None # as in `MixCallback`
+        *, p:float|Callable=1., pair:Callable=shuffled, at:At=None, seed:int|None=None # as in `MixCallback`
     ): super().__init__(cutmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/08_callback.ipynb #fmix
@@ -254,7 +270,7 @@ class FMixCallback(MixCallback):
     "`MixCallback` with the recipe `fmix(alpha)`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        *, p:float|Callable=1., pair:Callable=shuffled, at=None, seed:int|None=None # as in `MixCallback`
+        *, p:float|Callable=1., pair:Callable=shuffled, at:At=None, seed:int|None=None # as in `MixCallback`
     ): super().__init__(fmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/08_callback.ipynb #resizemix
@@ -262,5 +278,5 @@ class ResizeMixCallback(MixCallback):
     "`MixCallback` with the recipe `resizemix(scale)`"
     def __init__(self,
         scale:tuple[float,float]=(.1,.8), # Smallest and largest side of the box, as fractions of the picture's; 0 < low <= high <= 1
-        *, p:float|Callable=1., pair:Callable=shuffled, at=None, seed:int|None=None # as in `MixCallback`
+        *, p:float|Callable=1., pair:Callable=shuffled, at:At=None, seed:int|None=None # as in `MixCallback`
     ): super().__init__(resizemix(scale), p=p, pair=pair, at=at, seed=seed)

@@ -34,12 +34,12 @@ class MixedIds(Tensor):
 # %% ../nbs/api/06_embeddings.ipynb #both
 def _on_both(func, args, kwargs):
     ours = isinstance(args[0] if args else None, MixedIds)         # is it a method of ids, or do they only take part?
-    if func in _losing or not ours and (_writes(func) or 'out' in kwargs): raise _lost(func)
+    lam = _tensors((args, kwargs), MixedIds)[0].lam
+    if func in _losing or not ours and (_writes(func) or 'out' in kwargs): raise _lost(func, lam)
     own = func(*_part(args, 'own'), **_part(kwargs, 'own'))
     if func in _made_new or func in _like and not ours or own is not None and not _tensors(own): return own
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
     if own is None: return                                         # written in place, on both
-    lam = _tensors((args, kwargs), MixedIds)[0].lam
     if func in _joins: lam = func(*_filled(args, lam), **_filled(kwargs, lam))
     elif func in _moves and ours: lam = func(*_part(args, 'lam'), **_part(kwargs, 'lam'))
     if isinstance(own, Tensor): return _together(func, own, other, lam)
@@ -75,20 +75,24 @@ def _together(func, own, other, lam):
 def _fit(lam, like, func):
     "`lam` with the axes of `like`: position for position, or else row for row"
     if lam.shape==like.shape[:lam.dim()]: return lam.view(*lam.shape, *[1]*(like.dim()-lam.dim()))
-    if not like.dim() or not lam.dim() or len(lam)!=len(like): raise _lost(func, f" made {tuple(like.shape)} of {tuple(lam.shape)}")
+    if not like.dim() or not lam.dim() or len(lam)!=len(like): raise _lost(func, lam, f'made {tuple(like.shape)} of them')
     return _by_row(lam, like)
 
 def _by_row(lam, like): return lam.reshape(len(lam), -1)[:,0].view(-1, *[1]*(like.dim()-1))
 
 def _writes(func): return func.__name__=='__setitem__' or func.__name__[-1]=='_' and func.__name__[-2:]!='__'
 
-def _lost(func, what=''): return TypeError(f"{func.__name__}{what}: mixed ids can't be followed through it; name the module to mix at instead, at=model.embedding")
+def _lost(func, lam, what='would lose the mix'):
+    return TypeError(f"ids of shape {tuple(lam.shape)} were mixed, but {func.__name__} {what}; "
+        "name the module to mix at instead: at=model.embedding")
 
 def _named(names, *owners): return {getattr(o, n) for n in names.split() for o in owners if hasattr(o, n)}
 
-_moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split narrow select index_select clone detach movedim '
-    'moveaxis swapaxes swapdims flip roll repeat_interleave tile gather take_along_dim masked_select', torch, Tensor) | _named(
-    '__getitem__ view view_as expand expand_as repeat contiguous cpu cuda', Tensor) | {Tensor.T.__get__, Tensor.mT.__get__, Tensor.data.__get__}
+_moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split narrow select '
+    'index_select clone detach movedim moveaxis swapaxes swapdims flip roll repeat_interleave tile gather take_along_dim masked_select',
+    torch, Tensor)
+_moves |= _named('__getitem__ view view_as expand expand_as repeat contiguous cpu cuda', Tensor)
+_moves |= {o.__get__ for o in (Tensor.T, Tensor.mT, Tensor.data)}
 _joins = _named('cat concat stack hstack vstack', torch)
 _like = _named('to type_as expand_as view_as reshape_as', Tensor)
 _made_new = _named('new_zeros new_ones new_full new_empty new_tensor', Tensor) | _named('zeros_like ones_like full_like empty_like', torch)
@@ -109,13 +113,16 @@ def mix_input(
         return type(x)(*parts) if hasattr(x, '_fields') else type(x)(parts)
     if x is None: return x
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; make it a tensor with one row per item in the data set or its collate function, or remove the mixing callback")
+        raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; "
+            "make it a tensor with one row per item in the data set or its collate function, or remove the mixing callback")
     if x.layout!=torch.strided: raise TypeError(f"{name} has layout {x.layout}, which can't be mixed; make it dense")
-    if x.dim()==0 or len(x)!=len(mix): raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
+    if x.dim()==0 or len(x)!=len(mix):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
     if x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8: return blend(x, mix, out(x))
     if mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, x) is not None: return blend(x, mix)
     other = x[mix.partner]
-    return x | other if x.dtype==torch.bool else MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape).contiguous())
+    if x.dtype==torch.bool: return x | other
+    return MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape).contiguous())
 
 # %% ../nbs/api/06_embeddings.ipynb #length
 def by_length(

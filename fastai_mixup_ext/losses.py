@@ -170,15 +170,17 @@ def by_row(
 def _settle(f, pred, yb):
     "Can `f` be taken apart? Found out and remembered; one that can't is told of once"
     apart = _known(f)
+    if apart: return True
     if apart is None: apart = _find_out(f, pred, yb)
     if apart is None: return False  # this batch is mixed with one lam, the next one may tell
     try:
         told = f in _found
         _found[f] = _reduction(f) if _can_reduce(f) else None, apart
-    except TypeError: told = False
+    except TypeError: told = False  # can't be remembered
     if not (apart or told):
         name = getattr(f, '__name__', type(f).__name__)
-        warn(f"{name} can't be taken apart into rows: it has no `reduction` that can be set to 'none'. Each batch is mixed with one lam", stacklevel=4)
+        warn(f"{name} can't be taken apart into rows: it has no `reduction` that can be set to 'none'. "
+             "Each batch is mixed with one lam; in a loop of your own, draw it with per_batch(recipe)", stacklevel=4)
     return apart
 
 def _sum_pair(own, other, lam):
@@ -222,7 +224,8 @@ def mixed_loss(
 def _counted(own, other, lam):
     "A target that counts nothing is replaced by the other one: what is impossible there must not spoil the loss, 0 times infinity"
     def share(y): return lam.view(y.shape) if lam.numel()==y.numel() else lam.view(-1, *[1]*(y.dim()-1))
-    return tuple(torch.where(share(a)==0, b, a) for a,b in zip(own, other)), tuple(torch.where(share(a)==1, a, b) for a,b in zip(own, other)), lam
+    kept = tuple(torch.where(share(a)==0, b, a) for a,b in zip(own, other))
+    return kept, tuple(torch.where(share(a)==1, a, b) for a,b in zip(own, other)), lam
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"

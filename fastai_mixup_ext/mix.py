@@ -26,9 +26,11 @@ class Mix:
     def __post_init__(self):
         n = _shape(self.partner)
         if len(n)!=1 or self.partner.dtype!=torch.int64: raise _bad('partner', self.partner, "a 1-D int64 tensor of row numbers")
-        if _shape(self.lam)!=n or not self.lam.is_floating_point(): raise _bad('lam', self.lam, f"a floating tensor of shape {n}, like partner")
+        if _shape(self.lam)!=n or not self.lam.is_floating_point():
+            raise _bad('lam', self.lam, f"a floating tensor of shape {n}, like partner")
         m,b = _shape(self.mask),_shape(self.box)
-        if self.mask is not None and not (len(m)>2 and m[0] in (1,*n) and m[1]==1 and (self.mask.dtype==torch.bool or self.mask.is_floating_point())):
+        ok = len(m)>2 and m[0] in (1,*n) and m[1]==1 and (self.mask.dtype==torch.bool or self.mask.is_floating_point())
+        if not (self.mask is None or ok):
             raise _bad('mask', self.mask, f"a bool or floating tensor of shape ({n[0]} or 1, 1, *spatial)")
         if self.box is not None and not (b[:1] in ((1,), n) and b[1:]==(2, len(m)-2) and self.box.is_floating_point()):
             raise _bad('box', self.box, f"a floating tensor of shape ({n[0]} or 1, 2, d), with a mask over d axes")
@@ -48,7 +50,8 @@ def blend(
     out:Tensor|None=None # Memory for the result, like `x` in shape and dtype and apart from it; None: fresh memory
 )->Tensor: # Shape, dtype, memory format and subclass of `x`
     "Row `i` of `x` mixed with row `mix.partner[i]`; `x` itself is never written to"
-    if x.dim()==0 or len(x)!=len(mix): raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
+    if x.dim()==0 or len(x)!=len(mix):
+        raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
     plain = _plain(x)
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
@@ -67,7 +70,8 @@ def _over(mask, x):
     if x.shape[2:]==sp: return mask
     if x.shape[1:]==sp and (len(sp)>1 or not x.is_floating_point()): return mask[:,0]
     if x.dim()<=2: return None
-    raise ValueError(f"blend: a tensor of shape {tuple(x.shape)} can't be cut by a mask over {tuple(sp)}; its positions must be {tuple(sp)}, behind the rows or the channels")
+    raise ValueError(f"blend: a tensor of shape {tuple(x.shape)} can't be cut by a mask over {tuple(sp)}; "
+        f"its positions must be {tuple(sp)}, behind the rows or the channels")
 
 def _partners(x, mix, cut, out=None):
     "The partner's values for each row, in memory of their own"
@@ -85,7 +89,8 @@ def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
     if x.dtype in _exact: return other.lerp_(x, own.to(x.dtype))
     if not (x.is_floating_point() or x.dtype==torch.uint8):
-        raise TypeError(f"blend: {x.dtype} values can't be interpolated; make them floating, or mix where they become numbers (an embedding's output)")
+        raise TypeError(f"blend: {x.dtype} values can't be interpolated; "
+            "make them floating, or mix where they become numbers (an embedding's output)")
     res = other.float().lerp_(x.float(), own)
     return (res if x.is_floating_point() else res.round_()).to(x.dtype)
 
@@ -104,7 +109,8 @@ def _shrink(x, box):
     classes = not (x.is_floating_point() or x.dtype==torch.uint8)
     t = (x if x.dim()==d+2 else x.unsqueeze(1)).to(grid.dtype)
     if d==1: t,grid = t.unsqueeze(2), F.pad(grid.unsqueeze(1), (0,1))   # a series is a picture of height one
-    t = F.grid_sample(t, grid.expand(len(x), *grid.shape[1:]), mode='nearest' if classes else 'bilinear', padding_mode='border', align_corners=False)
+    grid,mode = grid.expand(len(x), *grid.shape[1:]),'nearest' if classes else 'bilinear'
+    t = F.grid_sample(t, grid, mode=mode, padding_mode='border', align_corners=False)
     return (t.round() if x.dtype==torch.uint8 else t).to(x.dtype).reshape(x.shape)
 
 def _grid(sizes, box):

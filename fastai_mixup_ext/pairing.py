@@ -44,7 +44,8 @@ def _labels(yb, policy):
     for y in (yb if isinstance(yb, (tuple, list)) else (yb,)):
         if isinstance(y, Tensor) and y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()): return _plain(y.reshape(-1))
     got = [tuple(y.shape) for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor)]
-    raise ValueError(f"{policy} needs an integer target with one label per row; the targets have shapes {got}. Use shuffled or deranged instead")
+    raise ValueError(f"{policy} needs an integer target with one label per row; the targets have shapes {got}. "
+        "Use shuffled or deranged instead")
 
 # %% ../nbs/api/02_pairing.ipynb #within
 def within_class(
@@ -92,7 +93,8 @@ class by_target_distance:
     )->Tensor: # (n,) int64; a row may be the partner of several
         "Draw the partners"
         ys = [y for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not ys: raise ValueError("by_target_distance needs a floating target: it is for regression. Use shuffled or within_class for labels")
+        if not ys:
+            raise ValueError("by_target_distance needs a floating target: it is for regression. Use shuffled or within_class for labels")
         y = _plain(ys[0]).reshape(len(x), -1)
         if y.dtype!=torch.float64: y = y.float()
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)

@@ -36,8 +36,9 @@ class Place:
         "Are we in the call that is meant?"
         frame = sys._getframe(2)
         while frame and not (frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals['self'] is self.model): frame = frame.f_back
-        mine = self.inputs()
-        return bool(frame) and self.model.training and len(frame.f_locals['args'])==len(mine) and all(a is b for a,b in zip(frame.f_locals['args'], mine))
+        if not frame or not self.model.training: return False
+        args,mine = frame.f_locals['args'],self.inputs()
+        return len(args)==len(mine) and all(a is b for a,b in zip(args, mine))
 
     def remove(self): self.hook.remove()
 
@@ -52,6 +53,7 @@ def find_places(
     places = [places] if places is None or isinstance(places, nn.Module) else list(places)
     for m in places:
         if m is not None and not (isinstance(m, nn.Module) and m in inside):
-            raise ValueError(f"at: {m!r} is not a module of the learner's model; name its modules, None for the input, or a function from the model to such a list")
+            raise ValueError(f"at: {m!r} is not a module of the learner's model; "
+                "name its modules, None for the input, or a function from the model to such a list")
     if not places: raise ValueError("at names no place; give at least one module, or None for the input")
     return places

@@ -7,8 +7,9 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/recipes.html.md"""
 # %% ../nbs/api/04_recipes.ipynb #imports
 from __future__ import annotations
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 import torch
 from torch import Generator, Tensor
 from .mix import Mix
@@ -58,7 +59,7 @@ def draw_beta(
 # %% ../nbs/api/04_recipes.ipynb #mixup
 @dataclass(frozen=True)
 class mixup(Recipe):
-    "Every value interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha), one per row ([Zhang et al. 2018](https://arxiv.org/abs/1710.09412))"
+    "Every value interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha), one per row ([paper](https://arxiv.org/abs/1710.09412))"
     alpha:float|Callable=.4 # >= 0, or a function of the fraction of training done; 0: off
 
     def __post_init__(self): check_value('alpha', self.alpha)
@@ -73,7 +74,9 @@ class mixup(Recipe):
 # %% ../nbs/api/04_recipes.ipynb #boxes
 def _sizes(x, name):
     "The spatial sizes of `x`"
-    if x.dim()<3: raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(x.shape)}; use mixup for it")
+    if x.dim()<3:
+        raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(x.shape)}; "
+            "use mixup for it")
     return x.shape[2:]
 
 def _outside(lo, hi, sizes):
@@ -91,7 +94,7 @@ def _int(x): return x.to(torch.int64)
 # %% ../nbs/api/04_recipes.ipynb #cutmix
 @dataclass(frozen=True)
 class cutmix(Recipe):
-    "A box of the partner, its area 1-B before clipping, B ~ Beta(alpha, alpha) ([Yun et al. 2019](https://arxiv.org/abs/1905.04899))"
+    "A box of the partner, its area 1-B before clipping, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/1905.04899))"
     alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
 
     def __post_init__(self): check_value('alpha', self.alpha)
@@ -109,12 +112,12 @@ class cutmix(Recipe):
 # %% ../nbs/api/04_recipes.ipynb #resizemix
 @dataclass(frozen=True)
 class resizemix(Recipe):
-    "The partner, shrunk by tau ~ U(scale), in a box inside the picture ([Qin et al. 2020](https://arxiv.org/abs/2012.11101))"
+    "The partner, shrunk by tau ~ U(scale), in a box inside the picture ([paper](https://arxiv.org/abs/2012.11101))"
     scale:tuple[float,float]=(.1,.8) # Smallest and largest side of the box, as fractions of the picture's; 0 < low <= high <= 1
 
     def __post_init__(self):
-        lo,hi = self.scale if isinstance(self.scale, (tuple,list)) and len(self.scale)==2 else (None,None)
-        if lo is None or not 0<lo<=hi<=1: raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
+        s = self.scale
+        if not (isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s) and 0<s[0]<=s[1]<=1): raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
 
     def draw(self, x, progress, generator):
         sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
@@ -128,13 +131,14 @@ class resizemix(Recipe):
 # %% ../nbs/api/04_recipes.ipynb #fmix
 @dataclass(frozen=True)
 class fmix(Recipe):
-    "A random blob of the partner, one for the batch; its area is 1-B, B ~ Beta(alpha, alpha) ([Harris et al. 2020](https://arxiv.org/abs/2002.12047))"
+    "A random blob of the partner, one for the batch; its area is 1-B, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/2002.12047))"
     alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
     decay:float=3. # How fast high frequencies fade, as frequency**-decay; larger is smoother
 
     def __post_init__(self):
         check_value('alpha', self.alpha)
-        if not self.decay>=0: raise ValueError(f"decay={self.decay!r} must be a number >= 0; 3 is the paper's")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not self.decay>=0:
+            raise ValueError(f"decay={self.decay!r} must be a number >= 0; 3 is the paper's")
 
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
 
@@ -161,6 +165,9 @@ class per_batch(Recipe):
     "What `recipe` draws for one row, for all rows"
     recipe:Recipe # Any recipe
 
+    def __post_init__(self):
+        if not isinstance(self.recipe, Recipe): raise TypeError(f"per_batch({self.recipe!r}) needs a recipe, such as per_batch(mixup(.4))")
+
     def active(self, progress): return self.recipe.active(progress)
 
     def draw(self, x, progress, generator):
@@ -172,14 +179,15 @@ class per_batch(Recipe):
 class one_of(Recipe):
     "One of `recipes`, chosen anew for every batch, or for every row"
     def __init__(self,
-        *recipes, # Two or more
-        weights=None, # One number or schedule >= 0 per recipe, not all 0; None: all alike
+        *recipes:Recipe, # Two or more
+        weights:Sequence|None=None, # One number or schedule >= 0 per recipe, not all 0; None: all alike
         per_row:bool=False # Choose for every row?
     ):
-        weights = [1.]*len(recipes) if weights is None else list(weights)
+        weights = [1.]*len(recipes) if weights is None else weights
         if len(recipes)<2 or not all(isinstance(r, Recipe) for r in recipes):
             raise TypeError(f"one_of{recipes!r} needs two or more recipes, such as one_of(mixup(.4), cutmix(1.))")
-        if len(weights)!=len(recipes): raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")
+        if not isinstance(weights, Sequence) or len(weights)!=len(recipes):
+            raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")
         self.recipes,self.weights,self.per_row = recipes,[check_value('weight', w) for w in weights],per_row
         if not any(callable(w) or w>0 for w in weights): raise ValueError(f"weights={weights!r} must not all be 0")
 

@@ -38,7 +38,8 @@ def value_at(
     "The number that `value` stands for at `progress`"
     if not callable(value): return value
     now = value(progress)
-    return check_value(f'{name}({progress:.3g})', float(now) if hasattr(now, '__float__') else now, high)
+    if isinstance(now, Real) and 0<=now<=high and now!=inf: return now
+    return check_value(f'{name}({progress:.3g})', now.item() if hasattr(now, 'item') else now, high)
 
 # %% ../nbs/api/03_schedules.ipynb #until
 @dataclass(frozen=True)
@@ -51,4 +52,4 @@ class until:
         check_value('frac', self.frac, 1.)
         check_value('value', self.value)
 
-    def __call__(self, progress): return value_at('value', self.value, progress) if progress<self.frac else 0.
+    def __call__(self, progress:float)->float: return value_at('value', self.value, progress) if progress<self.frac else 0.

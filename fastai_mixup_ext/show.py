@@ -36,7 +36,8 @@ def _untouched(*objs):
 
 def _generators(o):
     "How to read and write the state of each generator that `o` draws from: a data loader's, its sampler's, the callback's"
-    found = [vars(o).get('rng'), vars(o).get('generator'), getattr(vars(o).get('sampler'), 'generator', None), *vars(o).get('_gens', {}).values()]
+    a = vars(o)
+    found = [a.get('rng'), a.get('generator'), getattr(a.get('sampler'), 'generator', None), *a.get('_gens', {}).values()]
     return [(r.get_state, r.set_state) if isinstance(r, torch.Generator) else (r.getstate, r.setstate) for r in found if r is not None]
 
 # %% ../nbs/api/10_show.ipynb #batch
@@ -70,7 +71,8 @@ def _both(lam, a, b):
     p,q = _shares(lam)
     if isinstance(a, Tensor) and a.dim()==0: a,b = a.item(),b.item()
     if isinstance(a, float): return f'{lam*a+(1-lam)*b:.3g}'
-    if isinstance(a, Tensor): return str((lam*a+(1-lam)*b).numpy().round(2)) if a.is_floating_point() and a.numel()<20 else f'{p} + {q} of {tuple(a.shape)}'
+    if isinstance(a, Tensor) and a.is_floating_point() and a.numel()<20: return str((lam*a+(1-lam)*b).numpy().round(2))
+    if isinstance(a, Tensor): return f'{p} + {q} of {tuple(a.shape)}'
     a,b = str(a)[:150],str(b)[:150]
     return a if a==b else f'{p} {a} + {q} {b}'
 
