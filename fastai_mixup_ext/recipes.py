@@ -117,7 +117,8 @@ class resizemix(Recipe):
 
     def __post_init__(self):
         s = self.scale
-        if not (isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s) and 0<s[0]<=s[1]<=1): raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
+        if not (isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s) and 0<s[0]<=s[1]<=1):
+            raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
 
     def draw(self, x, progress, generator):
         sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
