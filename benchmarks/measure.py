@@ -15,7 +15,7 @@ def clock(
     calls:range,
     device:str
 )->float: # Seconds per call
-    "Time calls of `f`: by CUDA's events on a GPU; else by the wall clock, or one thread's calls by processor time, which other work on the machine does not enter"
+    "Time calls of `f`: by CUDA's events, by the wall clock, or with one CPU thread by processor time, which other programs don't enter"
     if device=='cpu':
         now = process_time if torch.get_num_threads()==1 else perf_counter
         start = now()
@@ -103,8 +103,9 @@ def _version(name):
 def about(device:str)->dict:
     "Versions, threads and device, and how busy the machine is with other things"
     cpu = next((o.split(':')[1].strip() for o in _cpuinfo() if o.startswith('model name')), platform.processor())
+    used = 'events' if device!='cpu' else 'wall' if torch.get_num_threads()>1 else 'processor time'
     return dict(date=strftime('%Y-%m-%d'), device=torch.cuda.get_device_name() if device!='cpu' else cpu, cores=os.cpu_count(),
-        threads=torch.get_num_threads(), clock='events' if device!='cpu' else 'wall' if torch.get_num_threads()>1 else 'processor time', load=round(os.getloadavg()[0], 2), python=platform.python_version(),
+        threads=torch.get_num_threads(), clock=used, load=round(os.getloadavg()[0], 2), python=platform.python_version(),
         **{o:_version(o) for o in ('torch', 'fastai', 'torchvision', 'timm', 'kornia')})
 
 def _cpuinfo():

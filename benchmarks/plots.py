@@ -17,7 +17,8 @@ def bars(rows):
         of = {r['who']:r for r in rows if r['batch']==batch}
         at = [j for j,k in enumerate(who) if k in of]
         mid,low,high = (np.array([of[who[j]][c] for j in at]) for c in ('time/clone', 'low', 'high'))
-        ax.barh(np.array(at)+(i-len(batches)/2+.5)*.8/len(batches), mid, .8/len(batches), xerr=np.clip((mid-low, high-mid), 0, None), label=batch)
+        thick = .8/len(batches)
+        ax.barh(np.array(at)+(i-len(batches)/2+.5)*thick, mid, thick, xerr=np.clip((mid-low, high-mid), 0, None), label=batch)
     ax.set(yticks=range(len(who)), yticklabels=who, xlabel='time ÷ time of a clone', xscale='log')
     ax.axvline(1, c='grey', lw=1)
     ax.invert_yaxis()

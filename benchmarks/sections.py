@@ -47,12 +47,13 @@ def learner(run, shape, steps, cbs=(), model=None):
     "A learner over `steps` ready batches of random inputs, without validation"
     xs,model = run.inputs(*shape),First() if model is None else model
     batches = [(xs[i%len(xs)], run.labels(10, shape[0])) for i in range(steps)]
-    learn = Learner(DataLoaders(batches, [], device=torch.device(run.device)), model.to(run.device), CrossEntropyLossFlat(), lr=1e-4, cbs=cbs)
+    dls = DataLoaders(batches, [], device=torch.device(run.device))
+    learn = Learner(dls, model.to(run.device), CrossEntropyLossFlat(), lr=1e-4, cbs=cbs)
     learn.remove_cbs(ProgressCallback)
     learn.logger = noop
     return learn
 
-callbacks = {'none': lambda: [], 'fastai': lambda: [MixUp()], 'ours': lambda: [MixUpCallback()]}
+callbacks = {'none': list, 'fastai': lambda: [MixUp()], 'ours': lambda: [MixUpCallback()]}
 cost_cases = [(64,3,32,32), (64,3,128,128), (64,3,224,224), (64,40), (64,1,1000)]
 
 def callback(run):
@@ -98,8 +99,9 @@ def mixing(run):
         took = run.time(cases, least=.001)
         sizes = [np.prod(s) for s in shapes]
         for k in fs:
-            times = [np.median(took[k,s]) for s in shapes]
-            growth.append(dict(by=by, who=k, slope=slope(sizes, times), values=[int(s) for s in sizes], relative=[float(t/np.median(took['clone',shapes[0]])) for t in times]))
+            times = np.array([np.median(took[k,s]) for s in shapes])
+            growth.append(dict(by=by, who=k, slope=slope(sizes, times), values=[int(s) for s in sizes],
+                relative=(times/np.median(took['clone',shapes[0]])).tolist()))
     return {'mixing': rows, 'growth': growth}
 
 # The loss of a mix
@@ -130,7 +132,8 @@ def loss(run):
         took = run.time({**{(k,'forward'):v for k,v in forward.items()}, **{(k,'both'):v for k,v in both.items()}})
         for k in ways:
             rows.append(dict(prediction=name(shape), who=k, **spread(took[k,'both']/took['plain','both'], 'forward+backward'),
-                forward=float(np.median(took[k,'forward']/took['plain','forward'])), memory=peak_bytes(lambda: both[k](0), run.device)/pred.nbytes))
+                forward=float(np.median(took[k,'forward']/took['plain','forward'])),
+                memory=peak_bytes(lambda: both[k](0), run.device)/pred.nbytes))
     return {'loss': rows}
 
 # Memory
@@ -143,7 +146,7 @@ def memory(run):
         for model,make in {'next to none': First, 'convolution': lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), First())}.items():
             fits = {k:learner(run, shape, 4, cbs(), make()) for k,cbs in callbacks.items()}
             peak = {k:peak_bytes(lambda: o.fit(1), run.device) for k,o in fits.items()}
-            rows.append(dict(batch=name(shape), model=model, fastai=(peak['fastai']-peak['none'])/size, ours=(peak['ours']-peak['none'])/size))
+            rows.append(dict(batch=name(shape), model=model, **{k:(peak[k]-peak['none'])/size for k in ('fastai', 'ours')}))
     return {'memory': rows}
 
 # Cut methods
@@ -164,8 +167,8 @@ def _digits(run):
     return list(zip(x.to(run.device).split(64), y.to(run.device).split(64)))
 
 def _convnet():
-    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 def training(run):
     "An epoch with mixing over an epoch without"
@@ -216,7 +219,8 @@ def gpu(run):
     if run.device=='cpu': return {}
     learner(run, (64,3,224,224), 3, [NoSync()]).fit(1)
     x,y = run.rand(64, 3, 224, 224),run.labels(10, 64)
-    return {'kernels': [dict(who=k, kernels=_kernels(partial(f, x, y))) for k,f in {'ours': peers.ours(mixup()), 'ours: cutmix': peers.ours(cutmix()), **peers.mixups()}.items()]}
+    mixers = {'ours': peers.ours(mixup()), 'ours: cutmix': peers.ours(cutmix()), **peers.mixups()}
+    return {'kernels': [dict(who=k, kernels=_kernels(partial(f, x, y))) for k,f in mixers.items()]}
 
 def _kernels(f):
     f()
@@ -230,8 +234,10 @@ sections = {f.__name__:f for f in (callback, mixing, loss, memory, cut, training
 # The budgets
 
 _budgets = [  # table, what identifies the row, figure, and the most that it may be
-    ('callback', dict(batch='64×3×32×32'), 'ours/fastai', .2), ('callback', dict(batch='64×3×224×224'), 'ours/fastai', .3),
-    ('mixing', dict(batch='64×3×224×224', who='ours, fresh memory'), 'time/clone', 1.2), ('mixing', dict(batch='64×3×224×224', who='ours'), 'time/clone', .4),
+    ('callback', dict(batch='64×3×32×32'), 'ours/fastai', .2),
+    ('callback', dict(batch='64×3×224×224'), 'ours/fastai', .3),
+    ('mixing', dict(batch='64×3×224×224', who='ours, fresh memory'), 'time/clone', 1.2),
+    ('mixing', dict(batch='64×3×224×224', who='ours'), 'time/clone', .4),
     *[('loss', dict(prediction=p, who='ours'), 'forward+backward', 1.) for p in ('64×1000', '64×50000', '8×21×128×128')],
     ('memory', dict(batch='64×3×224×224', model='next to none'), 'ours', 1.)]
 
@@ -240,5 +246,7 @@ def budgets(results):
     rows = []
     for table,key,figure,most in _budgets:
         for r in results.get(table, {}).get('rows', []):
-            if key.items()<=r.items(): rows.append(dict(table=table, row=', '.join(key.values()), figure=figure, budget=most, measured=r[figure], met=round(r[figure], 2)<=most))
+            if key.items()<=r.items():
+                rows.append(dict(table=table, row=', '.join(key.values()), figure=figure, budget=most, measured=r[figure],
+                    met=round(r[figure], 2)<=most))
     return rows

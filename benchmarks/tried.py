@@ -24,7 +24,7 @@ def slices(x, mix, out):
         rows,cols = (~outside).any(1).nonzero(),(~outside).any(0).nonzero()
         if len(rows):
             box = slice(rows[0].item(), rows[-1].item()+1),slice(cols[0].item(), cols[-1].item()+1)
-            out[i,:,*box] = x[p,:,*box]
+            out[(i, slice(None), *box)] = x[(p, slice(None), *box)]
     return out
 
 def two_losses(pred, y, mix):
@@ -53,7 +53,8 @@ def tried(run):
     for shape in run.some([(64,3,32,32), (64,3,224,224)]):
         x,y = run.rand(*shape),run.labels(10, shape[0])
         mix,cut,out = mixup()(x, y),cutmix()(x, y),torch.empty_like(x)
-        ways = {'mix, 1 row at a time': (by_rows(1), mix), 'mix, 8 rows at a time': (by_rows(8), mix), 'cut, mask as numbers': (float_mask, cut), 'cut, slices': (slices, cut)}
+        ways = {'mix, 1 row at a time': (by_rows(1), mix), 'mix, 8 rows at a time': (by_rows(8), mix),
+            'cut, mask as numbers': (float_mask, cut), 'cut, slices': (slices, cut)}
         rows += _over(run, shape, {k:(lambda i, f=f, m=m: f(x, m, out), lambda i, m=m: blend(x, m, out)) for k,(f,m) in ways.items()})
         rows += _over(run, shape, {'fresh memory': (lambda i: blend(x, mix), lambda i: blend(x, mix, out))})
     for shape in run.some([(64,1000), (64,50000)]):
@@ -61,7 +62,8 @@ def tried(run):
         mix = mixup()(pred, y)
         def step(f): return lambda i: torch.autograd.grad(f(pred, y, mix), pred)
         def ours(pred, y, mix): return mixed_loss(F.cross_entropy, pred, y, mix)
-        rows += _over(run, shape, {k:(step(f), step(ours)) for k,f in {'loss, one log-softmax and two losses': two_losses, 'loss, gradient by hand': fused}.items()})
+        ways = {'loss, one log-softmax and two losses': two_losses, 'loss, gradient by hand': fused}
+        rows += _over(run, shape, {k:(step(f), step(ours)) for k,f in ways.items()})
     return {'tried': rows}
 
 def _over(run, shape, pairs):

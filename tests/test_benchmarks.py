@@ -8,7 +8,8 @@ from pathlib import Path
 root = Path(__file__).parents[1]
 
 def test_command(tmp_path):
-    res = subprocess.run([sys.executable, '-m', 'benchmarks', '--quick', '--device', 'cpu', '--threads', '1', '--out', tmp_path], cwd=root, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'benchmarks', '--quick', '--device', 'cpu', '--threads', '1', '--out', tmp_path]
+    res = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     tables = json.loads((tmp_path/'results.json').read_text())
     assert {'callback', 'mixing', 'growth', 'loss', 'memory', 'cut', 'training', 'compiled', 'tried', 'budgets'}==set(tables)
