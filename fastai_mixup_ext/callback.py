@@ -8,7 +8,6 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from numbers import Integral
 from typing import Union
 import torch
@@ -119,7 +118,7 @@ class MixCallback(Callback):
         if x.dim()==0 or len(x)<2 or not self._chosen(): return
         _check_targets(self.learn.yb, len(x))
         module = self._draw_place()
-        if module is not None: self._batch.place = Place(self.learn.model, module, partial(getattr, self.learn, 'xb'), self._mix_output)
+        if module is not None: self._batch.place = Place(self.learn.model, module, self._inputs, self._mix_output)
         else:
             self._batch.mix = self.draw(x, self.learn.yb)
             if _sorts_by_length(self.learn.model): self._sort()
@@ -230,6 +229,9 @@ def _mix_targets(self:MixCallback):
 def _sort(self:MixCallback):
     order,self._batch.mix = by_length(self.mix)
     self.learn.xb,self.learn.yb = (tuple(L(o).itemgot(order)) for o in (self.learn.xb, self.learn.yb))
+
+@patch
+def _inputs(self:MixCallback): return self.learn.xb if self.learn is not None else ()  # a removed callback means no call
 
 @patch
 def _mix_output(self:MixCallback, out):
