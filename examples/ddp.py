@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 import torch
 from accelerate.utils import gather_object
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, RandomSplitter, accuracy, get_model, nn, num_distrib, patch,
-    rank_distrib, set_seed)
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, RandomSplitter, accuracy, get_model, nn, num_distrib,
+    patch, rank_distrib, set_seed)
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 patched onto Learner
 from fastai.distributed import DistributedDL, teardown_distrib
 from fastai.layers import ConvLayer, Flatten

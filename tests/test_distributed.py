@@ -15,11 +15,13 @@ from fastai.distributed import DistributedDL, parallel_ctx  # noqa: F401 patched
 from fastcore.script import call_parse, store_true
 from common import KINDS, Watch, global_hooks, hooks_on, make_items, make_learner
 from tape import close, loaders
-from fastai_mixup_ext import MixCallback, MixUpCallback, Recipe, mixup
+from fastai_mixup_ext import MixCallback, Recipe, mixup
 
 pytest.importorskip('accelerate')
 root = Path(__file__).parents[1]
-launchers = dict(accelerate=('accelerate', 'launch', '--multi_gpu', '--main_process_port', '0', '--num_processes'), torchrun=('torchrun', '--nproc-per-node'))
+launchers = dict(
+    accelerate=('accelerate', 'launch', '--multi_gpu', '--main_process_port', '0', '--num_processes'),
+    torchrun=('torchrun', '--nproc-per-node'))
 epochs,seed = 3,5
 
 # What a process does
