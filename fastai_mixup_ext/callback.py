@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Union
 import torch
 from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
@@ -68,7 +67,7 @@ def _check_sizes(loss_func, pred, yb):
                 "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")
 
 # %% ../nbs/api/08_callback.ipynb #at
-At = Union[nn.Module, Sequence, Callable, None]
+At = nn.Module | Sequence | Callable | None
 
 # %% ../nbs/api/08_callback.ipynb #callback
 class MixCallback(Callback):
@@ -120,7 +119,7 @@ class MixCallback(Callback):
         module = self._draw_place()
         if module is not None: self._batch.place = Place(self.learn.model, module, self._inputs, self._mix_output)
         else:
-            self._batch.mix = self.draw(x, self.learn.yb)
+            self._batch.mix = self._draw(x, self.learn.yb)
             if _sorts_by_length(self.learn.model): self._sort()
             self._mix_targets()
             self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
@@ -205,7 +204,7 @@ def _draw_place(self:MixCallback):
     return places[0] if len(places)==1 else places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
 @patch
-def draw(self:MixCallback,
+def _draw(self:MixCallback,
     x:Tensor, # (n, ...) the inputs, or what comes out at a place
     yb:tuple # The targets
 )->Mix:
@@ -236,7 +235,7 @@ def _inputs(self:MixCallback): return self.learn.xb if self.learn is not None el
 @patch
 def _mix_output(self:MixCallback, out):
     "The output of a place, mixed"
-    self._batch.mix = self.draw(_first(out), self.learn.yb)
+    self._batch.mix = self._draw(_first(out), self.learn.yb)
     self._mix_targets()
     return mix_input(out, self.mix, name=f'the output of {type(self._batch.place.module).__name__}')
 

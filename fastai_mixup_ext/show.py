@@ -47,7 +47,7 @@ def _mixed_batch(learn, cb):
     with _untouched(learn, dl, cb):
         learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
         xb,yb,cb._gens = learn.xb,learn.yb,dict(cb._gens)
-        mix = cb.draw(_first(xb), yb)
+        mix = cb._draw(_first(xb), yb)
         mixed = (*(mix_input(x, mix) for x in xb), *yb)
         targets = mixed_targets(learn.loss_func, yb, mix) if len(yb) else None
     own = (*xb, *yb)
