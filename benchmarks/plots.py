@@ -6,7 +6,7 @@ def draw_plots(results, folder):
     "A file `speed_NAME.png` for each table that has a picture"
     for k,f in dict(mixing=bars, growth=lines).items():
         if k not in results: continue
-        f(results[k]['rows']).savefig(folder/f'speed_{k}.png', dpi=110, bbox_inches='tight')
+        f(results[k]['rows']).savefig(folder/f'speed_{k}.png', dpi=80, bbox_inches='tight', pil_kwargs=dict(optimize=True))
         plt.close()
 
 def bars(rows):
@@ -22,7 +22,7 @@ def bars(rows):
     ax.set(yticks=range(len(who)), yticklabels=who, xlabel='time ÷ time of a clone', xscale='log')
     ax.axvline(1, c='grey', lw=1)
     ax.invert_yaxis()
-    ax.legend()
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return figure
 
 def lines(rows):
@@ -32,5 +32,6 @@ def lines(rows):
         for r in rows:
             if r['by']==by: ax.loglog(r['values'], r['relative'], '.-', label=f"{r['who']}, slope {r['slope']:.2f}")
         ax.set(xlabel=f'values in a batch (the {by} grows)', ylabel='time ÷ the smallest clone')
-        ax.legend()
+        ax.xaxis.set_minor_formatter('')
+        ax.legend(fontsize='small')
     return figure
