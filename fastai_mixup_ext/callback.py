@@ -17,7 +17,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import by_length, mix_input
-from .losses import by_row, mixed_loss, mixed_targets, _is_number, _takes_numbers
+from .losses import by_row, mixed_loss, mixed_targets, _check_targets, _is_number, _takes_numbers
 from .memory import Scratch
 from .mix import Mix, _exact, _plain
 from .pairing import shuffled
@@ -50,14 +50,6 @@ def _first(o):
     if isinstance(o, dict): o = o.values()
     elif not isinstance(o, (tuple, list)): return None
     return next((t for t in map(_first, o) if t is not None), None)
-
-def _check_targets(yb, n):
-    for i,y in enumerate(yb):
-        if not isinstance(y, Tensor):
-            raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; "
-                "make it a tensor with one row per item in the data set or its collate function")
-        if y.dim()==0 or len(y)!=n:
-            raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
 
 def _check_sizes(loss_func, pred, yb):
     "Class numbers can't be compared with a prediction of another size"
@@ -113,7 +105,9 @@ class MixCallback(Callback):
         "Draw a mix, and mix the inputs and what targets can be blended"
         self._clear()
         x = _first(self.learn.xb)
-        if x is None: mix_input(self.learn.xb, None, name='the batch')  # says what is wrong
+        if x is None:
+            mix_input(self.learn.xb, None, name='the batch')  # says what is wrong with it, unless it is empty
+            return
         if x.dim()==0 or len(x)<2 or not self._chosen(): return
         _check_targets(self.learn.yb, len(x))
         module = self._draw_place()

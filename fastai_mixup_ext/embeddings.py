@@ -119,10 +119,11 @@ def mix_input(
     if x.dim()==0 or len(x)!=len(mix):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
     if x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8: return blend(x, mix, out(x))
-    if mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, x) is not None: return blend(x, mix)
-    other = x[mix.partner]
+    own,other = _over(mix.mask, x),x[mix.partner]
+    if own is not None and own.dtype==torch.bool: return blend(x, mix)
     if x.dtype==torch.bool: return x | other
-    return MixedIds(_plain(x), _plain(other), mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape).contiguous())
+    if own is None: own = mix.lam.view(-1, *[1]*(x.dim()-1))
+    return MixedIds(_plain(x), _plain(other), own.expand(x.shape).contiguous())
 
 # %% ../nbs/api/06_embeddings.ipynb #length
 def by_length(

@@ -82,7 +82,7 @@ def _classes(f):
 # %% ../nbs/api/05_losses.ipynb #pair
 def _fits(spec, pred, y):
     "Are these labels, one for each position of the prediction?"
-    if pred.dim()<2 or y.dtype==torch.bool or not -pred.dim()<=spec.axis<pred.dim(): return False
+    if pred.dim()<2 or pred.numel()==0 or y.dtype==torch.bool or not -pred.dim()<=spec.axis<pred.dim(): return False
     axis = spec.axis % pred.dim()
     pos = pred.shape[:axis]+pred.shape[axis+1:]
     return y.shape==pos or spec.flat and [s for s in y.shape if s!=1]==[s for s in pos if s!=1]
@@ -98,8 +98,14 @@ def _class_pair(spec, pred, own, other, lam):
     counts = torch.stack([lam, 1-lam], axis) * (labels!=spec.ignore_index)
     labels = labels.where(labels!=spec.ignore_index, 0)
     share = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
-    loss = -torch.where(share!=0, logp.gather(axis, labels)*share, 0).sum(axis)
+    loss = -torch.where(share!=0, _look_up(logp, axis, labels)*share, 0).sum(axis)
     return _reduce_classes(spec, logp, loss, counts.sum(axis), share.sum(axis), axis).to(logp.dtype)
+
+def _look_up(logp, axis, labels):
+    try: return logp.gather(axis, labels)
+    except RuntimeError as e:
+        rule = f"labels must lie between 0 and {logp.shape[axis]-1}, the last class of the prediction, or be ignored (`ignore_index`)"
+        raise ValueError(f"{rule}; they run from {labels.min().item()} to {labels.max().item()}") from e
 
 def _reduce_classes(spec, logp, loss, count, share, axis):
     "Add the smoothing to the `loss` of each position, and reduce"
@@ -151,7 +157,7 @@ def _find_out(f, pred, yb):
     "Call `f` both ways to see whether it can be taken apart; None: this batch can't tell"
     whole = f(pred, *yb)
     try: rows = _rows(f, pred, yb)
-    except Exception: return False  # it has just worked the other way
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError): return False  # not a word it knows
     if not isinstance(rows, Tensor) or rows.dim()==0 or rows.numel()%len(yb[0]): return False
     if _reduction(f)=='none': return True
     if not isinstance(whole, Tensor) or whole.dim(): return False
@@ -214,6 +220,7 @@ def mixed_loss(
 )->Tensor: # Reduced as `loss_func` reduces
     "`lam*loss_func(pred, y) + (1-lam)*loss_func(pred, y[partner])`, exactly; or the loss on blended targets where they can be blended"
     yb = yb if isinstance(yb, tuple) else tuple(yb) if isinstance(yb, list) else (yb,)
+    _check_targets(yb, len(mix))
     targets = mixed_targets(loss_func, yb, mix)
     if targets is not None: return loss_func(pred, *targets)
     own,other,lam = _counted(*_pair_targets(yb, mix))
@@ -226,6 +233,14 @@ def _counted(own, other, lam):
     def share(y): return lam.view(y.shape) if lam.numel()==y.numel() else lam.view(-1, *[1]*(y.dim()-1))
     kept = tuple(torch.where(share(a)==0, b, a) for a,b in zip(own, other))
     return kept, tuple(torch.where(share(a)==1, a, b) for a,b in zip(own, other)), lam
+
+def _check_targets(yb, n):
+    for i,y in enumerate(yb):
+        if not isinstance(y, Tensor):
+            raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; "
+                "make it a tensor with one row per item in the data set or its collate function")
+        if y.dim()==0 or len(y)!=n:
+            raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"

@@ -52,6 +52,7 @@ def blend(
     "Row `i` of `x` mixed with row `mix.partner[i]`; `x` itself is never written to"
     if x.dim()==0 or len(x)!=len(mix):
         raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
+    if x.layout!=torch.strided: raise TypeError(f"blend: x has layout {x.layout}, which can't be mixed; make it dense")
     plain = _plain(x)
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
@@ -105,6 +106,7 @@ def _like(res, x):
 def _shrink(x, box):
     "`x` (m, [c,] *spatial) shrunk into `box` (m or 1, 2, d); around the box its border repeats"
     d = box.shape[-1]
+    if x.numel()==0: return x
     grid = _grid(x.shape[-d:], box.to(x.dtype if x.dtype==torch.float64 else torch.float32))
     classes = not (x.is_floating_point() or x.dtype==torch.uint8)
     t = (x if x.dim()==d+2 else x.unsqueeze(1)).to(grid.dtype)

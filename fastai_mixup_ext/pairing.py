@@ -40,12 +40,15 @@ def deranged(
     return torch.empty_like(circle).scatter_(0, circle, circle.roll(-1))
 
 # %% ../nbs/api/02_pairing.ipynb #labels
-def _labels(yb, policy):
-    for y in (yb if isinstance(yb, (tuple, list)) else (yb,)):
-        if isinstance(y, Tensor) and y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()): return _plain(y.reshape(-1))
-    got = [tuple(y.shape) for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor)]
-    raise ValueError(f"{policy} needs an integer target with one label per row; the targets have shapes {got}. "
-        "Use shuffled or deranged instead")
+def _targets(x, yb, ok):
+    "The targets of the rows of `x` that are `ok`, as plain tensors"
+    if not isinstance(yb, (tuple, list)): yb = (yb,)
+    return [_plain(y) for y in yb if isinstance(y, Tensor) and y.dim() and len(y)==len(x) and ok(y)]
+
+def _labels(x, yb, policy):
+    found = _targets(x, yb, lambda y: y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()))
+    if not found: raise ValueError(f"{policy} needs an integer target with one label per row. Use shuffled or deranged instead")
+    return found[0].reshape(-1)
 
 # %% ../nbs/api/02_pairing.ipynb #within
 def within_class(
@@ -54,7 +57,7 @@ def within_class(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random partner of the same class, never the row itself; the only row of its class passes unmixed"
-    y = _labels(yb, 'within_class')
+    y = _labels(x, yb, 'within_class')
     order = shuffled(x, generator=generator)
     order = order[y[order].argsort(stable=True)]                  # class by class, in random order within each
     new = torch.ones_like(order, dtype=torch.bool)
@@ -71,7 +74,8 @@ def across_class(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64; a row may be the partner of several
     "A random partner of another class; where there is none the rows pass unmixed"
-    y = _labels(yb, 'across_class')
+    y = _labels(x, yb, 'across_class')
+    if not len(x): return shuffled(x)
     other = y[:,None] != y
     score = _uniform(other.shape, x.device, generator).masked_fill(~other, -1)
     return torch.where(other.any(1), score.argmax(1), torch.arange(len(x), device=x.device))
@@ -92,10 +96,10 @@ class by_target_distance:
         generator:Generator|None=None # On `x`'s device; None: torch's global generator
     )->Tensor: # (n,) int64; a row may be the partner of several
         "Draw the partners"
-        ys = [y for y in (yb if isinstance(yb, (tuple, list)) else (yb,)) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not ys:
-            raise ValueError("by_target_distance needs a floating target: it is for regression. Use shuffled or within_class for labels")
-        y = _plain(ys[0]).reshape(len(x), -1)
+        found = _targets(x, yb, Tensor.is_floating_point)
+        if not found: raise ValueError("by_target_distance needs a floating target: it is for regression. Use within_class for labels")
+        if not len(x): return shuffled(x)
+        y = found[0].reshape(len(x), -1)
         if y.dtype!=torch.float64: y = y.float()
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
         noise = _uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)

@@ -39,6 +39,7 @@ class Recipe:
         generator:Generator|None=None # On `x`'s device; None: torch's global generator
     )->Mix:
         "Draw the shares first, then the partners"
+        if not isinstance(x, Tensor) or x.dim()==0: raise TypeError(f"{self!r}: x must be a tensor with one row per item, not {x!r}")
         where = self.draw(x, progress, generator)
         return Mix(pair(x, yb, generator), *(where if isinstance(where, tuple) else (where,)))
 
@@ -74,7 +75,7 @@ class mixup(Recipe):
 # %% ../nbs/api/04_recipes.ipynb #boxes
 def _sizes(x, name):
     "The spatial sizes of `x`"
-    if x.dim()<3:
+    if x.dim()<3 or 0 in x.shape[2:]:
         raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(x.shape)}; "
             "use mixup for it")
     return x.shape[2:]
