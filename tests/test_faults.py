@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.nn import MultiMarginLoss
 from torch.utils._python_dispatch import TorchDispatchMode
-from common import KINDS, Raise, TripCE, TripMSE, arm, cancel, global_hooks, hooks_on, make_dls, make_items, make_learner, make_mixer
+from common import Raise, TripCE, TripMSE, arm, cancel, global_hooks, hooks_on, make_dls, make_items, make_learner, make_mixer
 from test_exits import CANCELS, PLACES
 from fastai_mixup_ext import MixCallback, deranged, mixup
 
 EXTRAS = [lambda: GradientAccumulation(10), lambda: GradientClip(.1)]
 LOSSES = [TripCE, CrossEntropyLossFlat, MultiMarginLoss]  # called to see, known, called
+CASES = [*(('labels', loss) for loss in LOSSES), ('blended', TripMSE), ('ids', TripCE), ('place', TripCE)]
 
 @pytest.mark.filterwarnings('ignore')
 class Life(RuleBasedStateMachine):
@@ -45,7 +46,7 @@ class Life(RuleBasedStateMachine):
     def fit_and_leave(self, place, exc, nth):
         exc = KeyboardInterrupt('stop') if exc=='ctrl-c' else RuntimeError('stop') if exc=='error' else cancel(exc)
         arm(place[0], exc)
-        try: self.learn.fit(1, cbs=Raise(*place[:1], exc, place[1], nth))
+        try: self.learn.fit(1, cbs=Raise(place[0], exc, place[1], nth))
         except BaseException as e: assert e is exc
         arm(None, None)
 
@@ -54,7 +55,7 @@ class Life(RuleBasedStateMachine):
     def fit_mixed_once(self, place, p):
         exc = KeyboardInterrupt('stop')
         arm(place[0], exc)
-        try: self.learn.fit(1, cbs=[make_mixer(self.kind, p=p), Raise(*place[:1], exc, place[1])])
+        try: self.learn.fit(1, cbs=[make_mixer(self.kind, p=p), Raise(place[0], exc, place[1])])
         except KeyboardInterrupt as e: assert e is exc
         arm(None, None)
 
@@ -135,10 +136,11 @@ def check_clean(learn, never, loss):
     assert learn.loss_func is loss and not learn.assigned and loss.reduction=='mean'
     assert not hooks_on(learn.model) and not global_hooks()
 
-@pytest.mark.parametrize('kind,loss', [(kind, loss) for kind in KINDS for loss in ([TripMSE] if kind=='blended' else LOSSES)])
+@pytest.mark.parametrize('kind,loss', CASES)
 def test_out_of_memory_anywhere(kind, loss):
     "Whichever operation of a fit it is, the error comes out, and the learner is clean and fits again"
     learn,never = make_learner(kind, [make_mixer(kind)]),make_learner(kind)
+    learn.remove_cb(learn.recorder)  # which swallows errors
     for at in count(1, 5):
         learn.loss_func = loss_func = loss()  # nothing is known about a new one
         learn.assigned.clear()
@@ -150,34 +152,44 @@ def test_out_of_memory_anywhere(kind, loss):
 
 # Ctrl-C
 
-def interrupt_at(line, in_files):
-    "A tracer that raises KeyboardInterrupt when the `line`th line in these files is about to run"
-    seen = [0]
-    def trace(frame, event, arg):
-        if event=='call' and not frame.f_code.co_filename.startswith(in_files) or seen[0]>=line: return None
-        if event in ('line', 'return'):
-            seen[0] += 1
-            if seen[0]==line: raise KeyboardInterrupt(f"{frame.f_code.co_name}:{frame.f_lineno}")
-        return trace
-    return trace
+class InterruptAt:
+    "Raises KeyboardInterrupt when the `n`th line in these files is about to run"
+    def __init__(self, n, files): self.n,self.files,self.count = n,files,0
 
-@pytest.mark.parametrize('kind,loss', [(kind, loss) for kind in KINDS for loss in ([TripMSE] if kind=='blended' else LOSSES)])
+    def __call__(self, frame, event, arg):
+        if event=='call' and not frame.f_code.co_filename.startswith(self.files): return None
+        if event=='line':
+            self.count += 1
+            if self.count==self.n: raise KeyboardInterrupt(f"{frame.f_code.co_name}:{frame.f_lineno}")
+        return self
+
+    def __enter__(self):
+        self.old = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *args): sys.settrace(self.old)
+
+@pytest.mark.parametrize('kind,loss', CASES)
 def test_ctrl_c_at_any_line(kind, loss):
     "Ctrl-C at each line of ours, and of what we borrow from fastai to unreduce a loss"
     files = str(Path(fastai_mixup_ext.__file__).parent),layers.__file__
-    learn,never = make_learner(kind, [make_mixer(kind)], dls=make_dls(kind, n=12)),make_learner(kind)
-    left,old = [],sys.gettrace()
-    for line in count(1):
+    learn,never = make_learner(kind, [make_mixer(kind)], dls=make_dls(kind, n=12)),make_learner(kind, dls=make_dls(kind, n=12))
+    left = []
+    for n in count(1):
         learn.loss_func = loss_func = loss()
         learn.assigned.clear()
-        sys.settrace(interrupt_at(line, files))
-        try: learn.fit(1)
+        where = None
+        try:
+            with InterruptAt(n, files) as ctrl_c: learn.fit(1)
         except KeyboardInterrupt as e: where = str(e)
-        else: break
-        finally: sys.settrace(old)
+        if ctrl_c.count<n: break
+        if not torch.is_grad_enabled(): left.append((where, 'no gradients'))
+        torch.set_grad_enabled(True)
         try: check_clean(learn, never, loss_func)
-        except Exception as e: left.append((where, e))
-    assert line>50 and not left
+        except AssertionError as e: left.append((where, str(e).splitlines()[-1]))
+        if where is None: left.append((n, 'swallowed'))
+    assert n>50 and not left
 
 SCRIPT = '''
 import torch

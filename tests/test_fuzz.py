@@ -1,12 +1,12 @@
 """Whatever a batch is made of: a right result or one of our errors, never another exception, and the batch is as it was."""
-import random, traceback, warnings
+import dis, random, warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 import numpy as np
 import pytest, torch
 import fastai_mixup_ext
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, MSELossFlat, TrainEvalCallback
-from fastai.losses import BCEWithLogitsLossFlat
+from fastai.basics import DataLoaders, Learner, TrainEvalCallback
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.vision.core import TensorImage, TensorMask
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,12 +25,13 @@ Pair = namedtuple('Pair', 'first second')
 
 # Batches, drawn by `r`, a random.Random
 
-FORMS = ['plain']*6 + ['image', 'transposed', 'channels_last', 'expanded', 'grad', 'sparse']
+DENSE = ['plain']*6 + ['image', 'transposed', 'channels_last', 'expanded', 'grad']
+FORMS = [*DENSE, 'sparse']
 
 def a_tensor(r, n, dtypes=DTYPES, min_dim=0, forms=FORMS):
     "A tensor, mostly of `n` rows, of any dtype, rank and size, with NaN and infinities, dense or not"
     dtype,g = r.choice(dtypes),torch.Generator().manual_seed(r.randrange(99))
-    shape = (r.choice([n]*8 + [n+1, 0]), *(r.choice([0, 1, 2, 3, 3, 4, 5]) for _ in range(r.randint(min_dim, 4))))
+    shape = (r.choice([n]*18 + [n+1, 0]), *(r.choice([0, 1, 2, 3, 3, 4, 5]) for _ in range(r.randint(min_dim, 4))))
     if not min_dim and r.random()<.03: shape = ()
     x = (torch.randint(4, shape, generator=g) if dtype in INTS else torch.randn(shape, generator=g)*3).to(dtype)
     if dtype in FLOATS and x.numel() and r.random()<.3: x.view(-1)[r.randrange(x.numel())] = r.choice([torch.nan, torch.inf, -torch.inf])
@@ -46,7 +47,7 @@ def a_batch(r, n, depth=2):
     "A tensor, or tensors in tuples, lists, dicts and named tuples; now and then something else"
     kind = r.choice(['tensor']*3 + ['list', 'tuple', 'dict', 'named']) if depth else 'tensor'
     parts = [a_batch(r, n, depth-1) for _ in range(2 if kind=='named' else r.randint(0, 3))] if kind!='tensor' else []
-    if kind=='tensor': return a_tensor(r, n) if r.random()<.93 else r.choice([None, 'text', 3, 2., np.zeros((n,2)), object(), {1}])
+    if kind=='tensor': return a_tensor(r, n) if r.random()<.96 else r.choice([None, 'text', 3, np.zeros((n,2)), object()])
     return dict(zip('abc', parts)) if kind=='dict' else Pair(*parts) if kind=='named' else tuple(parts) if kind=='tuple' else parts
 
 def leaves(o):
@@ -65,8 +66,11 @@ def report(pytestconfig):
 
 def is_ours(e):
     "Raised by a `raise` of this package, with a message"
-    last = traceback.extract_tb(e.__traceback__)[-1]
-    return type(e) in (ValueError, TypeError) and last.filename.startswith(OURS) and 'raise' in last.line and len(str(e))>20
+    tb = e.__traceback__
+    while tb.tb_next: tb = tb.tb_next
+    code = tb.tb_frame.f_code
+    raised = dis.opname[code.co_code[tb.tb_lasti]]=='RAISE_VARARGS'
+    return type(e) in (ValueError, TypeError) and code.co_filename.startswith(OURS) and raised and len(str(e))>20
 
 def attempt(kind, f, *args, **kwargs):
     "The result, or None after one of our errors; any other exception is a failure"
@@ -103,7 +107,9 @@ def check_mixed(x, got, mix):
         if mix.box is None: assert bits(res[~s])==bits(other[~s])
     elif x.dtype==torch.bool: assert torch.equal(res, own|other)
     else:
-        if mix.box is not None and s.shape[2:]==mix.mask.shape[2:]: own,other,res,s = (t[s==1] for t in (own, other, res, s))  # the rest was shrunk
+        if mix.box is not None and s.shape[2:]==mix.mask.shape[2:]:
+            if not own.isfinite().all(): return
+            own,other,res,s = (t[s==1] for t in (own, other, res, s))  # the rest was shrunk
         wide = torch.complex128 if x.is_complex() else torch.float64
         s,fine = s.to(wide),own.isfinite() & other.isfinite()
         want = s*own.to(wide) + (1-s)*other.to(wide)
@@ -126,7 +132,7 @@ def test_recipes_and_blend(): every(3000, recipe_and_blend)
 def recipe_and_blend(r):
     "Any recipe and pairing for any tensor, then `blend` of it and of another"
     n = r.choice([2, 3, 4, 1, 0])
-    x,y,other = (a_tensor(r, n) for _ in range(3))
+    x,y,other = a_tensor(r, n, min_dim=r.choice([0, 2, 2])),a_tensor(r, n),a_tensor(r, n)
     before = bits(x, y, other)
     mix = attempt('recipe', r.choice(RECIPES), x, (y,), pair=r.choice(PAIRS))
     if mix is not None:
@@ -154,18 +160,25 @@ def a_mixed_batch(r):
         for a,b in zip(leaves(batch), leaves(got)): check_mixed(a, b, mix)
     assert bits(*leaves(batch))==before
 
-LOSSES = [CrossEntropyLossFlat(), CrossEntropyLossFlat(axis=1), CrossEntropyLossFlat(reduction='sum'), nn.CrossEntropyLoss(reduction='none'),
-    nn.NLLLoss(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.MultiMarginLoss(), BCEWithLogitsLossFlat(), MSELossFlat(), nn.L1Loss(),
-    nn.SmoothL1Loss(reduction='sum'), F.cross_entropy, F.mse_loss, lambda p, y: F.cross_entropy(p, y)]
+LOSSES = [CrossEntropyLossFlat(), CrossEntropyLossFlat(axis=1), CrossEntropyLossFlat(reduction='sum'), LabelSmoothingCrossEntropyFlat(),
+    nn.CrossEntropyLoss(reduction='none'), nn.NLLLoss(), FocalLossFlat(), nn.MultiMarginLoss(), BCEWithLogitsLossFlat(), MSELossFlat(),
+    nn.L1Loss(), nn.SmoothL1Loss(reduction='sum'), F.cross_entropy, F.mse_loss, lambda p, y: F.cross_entropy(p, y)]
+
+def a_target(r, pred, n):
+    "Labels of rows, of positions with the classes on axis 1 or last, numbers like the prediction, or anything"
+    kind,shape = r.randrange(5),pred.shape
+    if kind==0: return torch.arange(len(pred)) % max(shape[1], 1)
+    if kind==1: return torch.randint(max(shape[1], 1), (shape[0], *shape[2:]))
+    if kind==2: return torch.randint(max(shape[-1], 1), shape[:-1])
+    return pred.detach().sigmoid() if kind==3 else a_tensor(r, n, forms=DENSE)
 
 def test_mixed_loss(): every(3000, a_loss)
 
 def a_loss(r):
     "Where the loss works plainly it works mixed: the same shape, and with lam=1 the same value"
     n,loss_func = r.choice([2, 3, 4]),r.choice(LOSSES)
-    pred = a_tensor(r, n, FLOATS, min_dim=1, forms=FORMS[:-1])
-    y = r.choice([lambda: a_tensor(r, n, forms=FORMS[:-1]), lambda: torch.arange(len(pred))%max(pred.shape[1], 1), lambda: pred.detach().sigmoid(),
-        lambda: torch.randint(max(pred.shape[1], 1), (len(pred), *pred.shape[2:])), lambda: torch.randint(max(pred.shape[-1], 1), pred.shape[:-1])])()
+    pred = a_tensor(r, n, FLOATS, min_dim=1, forms=DENSE)
+    y = a_target(r, pred, n)
     mix = Mix(torch.randperm(n), r.choice([torch.ones(n), torch.rand(n)]))
     before = bits(pred, y)
     try: plain = loss_func(pred, y)
@@ -176,7 +189,9 @@ def a_loss(r):
     if got is not None and not bad:
         assert got.shape==plain.shape
         if (mix.lam==1).all() and plain.isfinite().all():
-            torch.testing.assert_close(got.float().as_subclass(Tensor), plain.float().as_subclass(Tensor), rtol=2e-2, atol=2e-2)
+            half = torch.float16 in (pred.dtype, y.dtype) or torch.bfloat16 in (pred.dtype, y.dtype)
+            plain,tol = (loss_func(pred.float(), y), 2e-2) if half else (plain, 1e-4)  # torch's own mean of halves is rounded at every step
+            torch.testing.assert_close(got.double().as_subclass(Tensor), plain.double().as_subclass(Tensor), rtol=tol, atol=tol)
     assert bits(pred, y)==before
 
 class Anything(nn.Module):
@@ -192,7 +207,8 @@ def train(b, n_inp, cbs):
     dls = DataLoaders([b, b], [])
     dls.n_inp = n_inp
     soft = isinstance(b[-1], Tensor) and b[-1].is_floating_point()
-    learn = Learner(dls, Anything(), loss := (MSELossFlat() if soft else CrossEntropyLossFlat()), default_cbs=False, cbs=[TrainEvalCallback(), *cbs])
+    loss = MSELossFlat() if soft else CrossEntropyLossFlat()
+    learn = Learner(dls, Anything(), loss, default_cbs=False, cbs=[TrainEvalCallback(), *cbs])
     try: learn.fit(1)
     finally: assert learn.loss_func is loss and loss.reduction=='mean'
 
@@ -202,7 +218,8 @@ def a_fit(r):
     "What trains plainly trains mixed, or is refused by us"
     n = r.choice([2, 3, 4, 1])
     xs = [a_batch(r, n, 1) for _ in range(r.randint(1, 2))]
-    y = r.choice([torch.arange(n)%3]*3+[(torch.arange(n)%3)[:,None].to(torch.int8), torch.rand(n, 3), torch.arange(n+1)%3, torch.tensor(1), 'y', None])
+    labels = torch.arange(n)%3
+    y = r.choice([labels]*3 + [labels[:,None].to(torch.int8), torch.rand(n, 3), torch.arange(n+1)%3, torch.tensor(1), 'y', None])
     b = (*xs, y)
     before = bits(*leaves(b))
     bad = ()

@@ -4,8 +4,7 @@
 import gc, os, tracemalloc
 from pathlib import Path
 import pytest, torch
-from fastai.basics import TrainEvalCallback
-from common import KINDS, N, BS, Raise, arm, global_hooks, hooks_on, make_dls, make_learner, make_mixer
+from common import BS, KINDS, N, Raise, arm, global_hooks, hooks_on, make_dls, make_learner, make_mixer
 from fastai_mixup_ext import losses
 
 STEPS = int(os.environ.get('LONG_STEPS', 2000))
