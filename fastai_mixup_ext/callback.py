@@ -17,7 +17,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import by_length, mix_input
-from .losses import by_row, mixed_loss, mixed_targets, _check_targets, _is_number, _takes_numbers
+from .losses import by_row, mixed_loss, mixed_targets, _check_targets, _is_number, _speaks_of_reduction, _takes_numbers
 from .memory import Scratch
 from .mix import Mix, _exact, _plain
 from .pairing import shuffled
@@ -86,6 +86,9 @@ class MixCallback(Callback):
         self._init_state()
 
     def _init_state(self): self._gens,self._scratch,self._batch,self._state = {},{},_Batch(),{}
+
+    def __call__(self, event_name):
+        if hasattr(type(self), event_name): return super().__call__(event_name)  # the others need not be looked for on the learner
 
     @property
     def mix(self)->Mix|None:
@@ -204,7 +207,9 @@ def _draw(self:MixCallback,
 )->Mix:
     "A mix for these rows; with one lam, if the loss can't be taken apart into rows"
     loss_func = self.learn.loss_func
-    recipe = self.recipe if all(map(_is_number, yb)) or _takes_numbers(loss_func) or by_row(loss_func) else per_batch(self.recipe)
+    rows = by_row(loss_func)
+    if rows is None: rows = _speaks_of_reduction(loss_func)  # until the first batch has told
+    recipe = self.recipe if rows or all(map(_is_number, yb)) or _takes_numbers(loss_func) else per_batch(self.recipe)
     return recipe(x, yb, pair=self.pair, progress=self._progress(), generator=self._generator(x.device))
 
 @patch

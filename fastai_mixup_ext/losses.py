@@ -84,6 +84,7 @@ def _fits(spec, pred, y):
     "Are these labels, one for each position of the prediction?"
     if pred.dim()<2 or pred.numel()==0 or y.dtype==torch.bool or not -pred.dim()<=spec.axis<pred.dim(): return False
     axis = spec.axis % pred.dim()
+    if spec.flat and 0<axis<pred.dim()-1 and pred.dim()>4: return False  # fastai's flattens labels of volumes in another order
     pos = pred.shape[:axis]+pred.shape[axis+1:]
     return y.shape==pos or spec.flat and [s for s in y.shape if s!=1]==[s for s in pos if s!=1]
 
@@ -95,11 +96,12 @@ def _class_pair(spec, pred, own, other, lam):
     acc = logp.dtype if logp.dtype==torch.float64 else torch.float32
     labels = torch.stack([_plain(own).reshape(pos), _plain(other).reshape(pos)], axis).long()
     lam = lam.to(acc).reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
-    counts = torch.stack([lam, 1-lam], axis) * (labels!=spec.ignore_index)
-    labels = labels.where(labels!=spec.ignore_index, 0)
+    ignored = labels==spec.ignore_index
+    counts = torch.stack([lam, 1-lam], axis).masked_fill_(ignored, 0)
+    labels = labels.masked_fill(ignored, 0)
     share = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
-    loss = -torch.where(share!=0, _look_up(logp, axis, labels)*share, 0).sum(axis)
-    return _reduce_classes(spec, logp, loss, counts.sum(axis), share.sum(axis), axis).to(logp.dtype)
+    loss = -_look_up(logp, axis, labels).masked_fill(share==0, 0)*share
+    return _reduce_classes(spec, logp, loss, counts, share, axis).to(logp.dtype)
 
 def _look_up(logp, axis, labels):
     try: return logp.gather(axis, labels)
@@ -108,12 +110,14 @@ def _look_up(logp, axis, labels):
         raise ValueError(f"{rule}; they run from {labels.min().item()} to {labels.max().item()}") from e
 
 def _reduce_classes(spec, logp, loss, count, share, axis):
-    "Add the smoothing to the `loss` of each position, and reduce"
+    "Add the smoothing to the `loss` of own and partner's labels, which lie along `axis`, and reduce"
+    if not spec.eps and spec.reduction!='none': return loss.sum()/share.sum() if spec.reduction=='mean' else loss.sum()
+    loss,count = loss.sum(axis),count.sum(axis)
     if spec.eps:
         w = spec.weight if spec.weight is not None and not spec.smooth_all else None
         smooth = -(logp if w is None else logp*w.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))).sum(axis) * (spec.eps/logp.shape[axis])
         if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum()/share.sum() + smooth.mean()
-        loss = (1-spec.eps)*loss + (smooth if spec.smooth_all else torch.where(count!=0, smooth*count, 0))
+        loss = (1-spec.eps)*loss + (smooth if spec.smooth_all else (smooth*count).masked_fill(count==0, 0))
     if spec.reduction=='mean': return loss.sum()/share.sum()
     if spec.reduction=='sum': return loss.sum()
     return loss.unsqueeze(axis).transpose(axis, -1).reshape(-1) if spec.flat else loss
@@ -138,6 +142,14 @@ def _can_reduce(f):
     if hasattr(f, 'reduction'): return True
     try: return inspect.isroutine(getattr(f, 'func', f)) and 'reduction' in inspect.signature(f).parameters
     except ValueError: return False  # a builtin without a signature
+
+def _speaks_of_reduction(f):
+    "Is it likely that `f` heeds its `reduction`? Its code reads it, or leaves that to torch's or fastai's"
+    call = type(f).forward if isinstance(f, nn.Module) else f if inspect.isroutine(f) else type(f).__call__
+    code = getattr(call, '__code__', None)
+    if code is None: return False
+    inherits = 'super' in code.co_names and isinstance(f, (nn.modules.loss._Loss, BaseLoss))
+    return inherits or 'reduction' in code.co_names+code.co_varnames
 
 def _reduction(f): return f.reduction if hasattr(f, 'reduction') else inspect.signature(f).parameters['reduction'].default
 
@@ -223,10 +235,10 @@ def mixed_loss(
     _check_targets(yb, len(mix))
     targets = mixed_targets(loss_func, yb, mix)
     if targets is not None: return loss_func(pred, *targets)
-    own,other,lam = _counted(*_pair_targets(yb, mix))
+    own,other,lam = _pair_targets(yb, mix)
     spec = _classes(loss_func)
     if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
-    return _any_pair(loss_func, pred, own, other, lam)
+    return _any_pair(loss_func, pred, *_counted(own, other, lam))
 
 def _counted(own, other, lam):
     "A target that counts nothing is replaced by the other one: what is impossible there must not spoil the loss, 0 times infinity"

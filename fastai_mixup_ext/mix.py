@@ -58,6 +58,7 @@ def blend(
     other = _partners(plain, mix, own is not None, out)
     if own is None: own = mix.lam.view(-1, *[1]*(x.dim()-1))
     res = _select(plain, other, own) if own.dtype==torch.bool else _lerp(plain, other, own)
+    if mix.mask is not None and own.is_floating_point(): res = torch.where(own==1, plain, res)  # even beside what is not finite
     if out is not None and res is not out: res = out.copy_(res)
     return _like(res, x)
 

@@ -43,7 +43,8 @@ def deranged(
 def _targets(x, yb, ok):
     "The targets of the rows of `x` that are `ok`, as plain tensors"
     if not isinstance(yb, (tuple, list)): yb = (yb,)
-    return [_plain(y) for y in yb if isinstance(y, Tensor) and y.dim() and len(y)==len(x) and ok(y)]
+    def fits(y): return isinstance(y, Tensor) and y.layout==torch.strided and y.dim()>0 and len(y)==len(x)
+    return [_plain(y) for y in yb if fits(y) and ok(y)]
 
 def _labels(x, yb, policy):
     found = _targets(x, yb, lambda y: y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()))

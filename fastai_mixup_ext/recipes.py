@@ -39,7 +39,8 @@ class Recipe:
         generator:Generator|None=None # On `x`'s device; None: torch's global generator
     )->Mix:
         "Draw the shares first, then the partners"
-        if not isinstance(x, Tensor) or x.dim()==0: raise TypeError(f"{self!r}: x must be a tensor with one row per item, not {x!r}")
+        if not isinstance(x, Tensor) or x.dim()==0 or x.layout!=torch.strided:
+            raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {x!r}")
         where = self.draw(x, progress, generator)
         return Mix(pair(x, yb, generator), *(where if isinstance(where, tuple) else (where,)))
 
@@ -81,14 +82,14 @@ def _sizes(x, name):
     return x.shape[2:]
 
 def _outside(lo, hi, sizes):
-    "`mask` and `lam` of a box `lo <= position < hi` per row; `lo`, `hi`: (n, d)"
-    d = len(sizes)
-    inside = True
-    for i,s in enumerate(sizes):
-        pos = torch.arange(s, device=lo.device)
-        axis = (pos>=lo[:,i,None]) & (pos<hi[:,i,None])
-        inside = axis.view(len(lo), 1, *[s if i==j else 1 for j in range(d)]) & inside
-    return 1-(hi-lo).prod(1).float()/math.prod(sizes), ~inside
+    "`lam` and `mask` of a box per row; `lo`, `hi`: for each axis (n,), the box is `lo <= position < hi`"
+    outside,area = None,1
+    for i,(a,b,s) in enumerate(zip(lo, hi, sizes)):
+        pos = torch.arange(s, device=a.device)
+        axis = ((pos<a[:,None]) | (pos>=b[:,None])).view(len(a), 1, *[s if i==j else 1 for j in range(len(sizes))])
+        outside = axis if outside is None else (outside.view(torch.uint8) | axis.view(torch.uint8)).view(torch.bool)  # bytes are quicker
+        area = (b-a)*area
+    return 1-area.float()/math.prod(sizes), outside
 
 def _int(x): return x.to(torch.int64)
 
@@ -105,10 +106,13 @@ class cutmix(Recipe):
         sizes,alpha = _sizes(x, 'cutmix'),value_at('alpha', self.alpha, progress)
         lam = draw_beta(len(x), alpha, x.device, generator) if alpha>0 else torch.ones(len(x), device=x.device)
         side,centre = (1-lam)**(1/len(sizes)),_uniform((len(x), len(sizes)), x.device, generator)
-        size = torch.stack([_int(side*s) for s in sizes], 1)
-        lo = torch.stack([_int(centre[:,i]*s) for i,s in enumerate(sizes)], 1) - size//2
-        hi = lo+size
-        return _outside(lo.clamp(min=0), torch.stack([h.clamp(max=s) for h,s in zip(hi.unbind(1), sizes)], 1), sizes)
+        lo,hi = [],[]
+        for i,s in enumerate(sizes):
+            size = _int(side*s)
+            start = _int(centre[:,i]*s) - size//2
+            lo.append(start.clamp(min=0))
+            hi.append((start+size).clamp(max=s))
+        return _outside(lo, hi, sizes)
 
 # %% ../nbs/api/04_recipes.ipynb #resizemix
 @dataclass(frozen=True)
@@ -125,10 +129,10 @@ class resizemix(Recipe):
         sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
         r = _uniform((len(x), len(sizes)+1), x.device, generator)
         tau = lo+(hi-lo)*r[:,0]
-        size = torch.stack([_int((tau*s).round()).clamp(1, s) for s in sizes], 1)
-        start = torch.stack([_int(r[:,i+1]*(s-size[:,i]+1)).clamp(max=s-1) for i,s in enumerate(sizes)], 1)
-        box = torch.stack([torch.stack([t[:,i]/s for i,s in enumerate(sizes)], 1) for t in (start,size)], 1)
-        return *_outside(start, start+size, sizes), box
+        size = [_int((tau*s).round()).clamp(1, s) for s in sizes]
+        start = [_int(r[:,i+1]*(s-z+1)).clamp(max=s-1) for i,(s,z) in enumerate(zip(sizes, size))]
+        box = torch.stack([torch.stack([t/s for t,s in zip(o, sizes)], 1) for o in (start, size)], 1)
+        return *_outside(start, [a+z for a,z in zip(start, size)], sizes), box
 
 # %% ../nbs/api/04_recipes.ipynb #fmix
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ class one_of(Recipe):
         weights = [1.]*len(recipes) if weights is None else weights
         if len(recipes)<2 or not all(isinstance(r, Recipe) for r in recipes):
             raise TypeError(f"one_of{recipes!r} needs two or more recipes, such as one_of(mixup(.4), cutmix(1.))")
-        if not isinstance(weights, Sequence) or len(weights)!=len(recipes):
+        if not isinstance(weights, Sequence): raise TypeError(f"weights={weights!r} must be a sequence with one entry for each recipe")
+        if len(weights)!=len(recipes):
             raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")
         self.recipes,self.weights,self.per_row = recipes,[check_value('weight', w) for w in weights],per_row
         if not any(callable(w) or w>0 for w in weights): raise ValueError(f"weights={weights!r} must not all be 0")
