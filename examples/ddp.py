@@ -1,7 +1,7 @@
 """Train on pictures of digits in several processes, and go on where a broken run stopped:
 
     accelerate launch --multi_gpu --num_processes 2 examples/ddp.py
-    torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp.py --resume
+    torchrun --nproc-per-node 2 examples/ddp.py --resume
 """
 import os
 from pathlib import Path
