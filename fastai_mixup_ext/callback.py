@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import by_length, mix_input
@@ -101,7 +101,7 @@ class MixCallback(Callback):
         if len(mixers)>1:
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
-        if self.at is not None: find_places(self.at, self.learn.model)
+        if self.at is not None: find_places(self.at, get_model(self.learn.model))
         self.forget()
 
     def before_batch(self):
@@ -154,7 +154,7 @@ class MixCallback(Callback):
     before_validate = after_train = after_epoch = after_fit = forget
 
     def state_dict(self)->dict:
-        "The state of the callback's own generators, by device; empty without `seed`"
+        "The state of the callback's own generators, by kind of device; empty without `seed`"
         return {device:g.get_state() for device,g in self._gens.items()}
 
     def load_state_dict(self, state:dict):
@@ -180,8 +180,9 @@ def _give_back(self:MixCallback):
 def _generator(self:MixCallback, device):
     "Our generator on `device`; None: the global one"
     if self.seed is None: return None
-    if str(device) not in self._gens: self._gens[str(device)] = Generator(device).manual_seed(self.seed+rank_distrib())
-    return self._gens[str(device)]
+    kind = torch.device(device).type  # a process has one device of a kind
+    if kind not in self._gens: self._gens[kind] = Generator(device).manual_seed(self.seed+rank_distrib())
+    return self._gens[kind]
 
 @patch
 def _progress(self:MixCallback): return min(max(float(getattr(self.learn, 'pct_train', 0.)), 0.), 1.)
@@ -197,7 +198,7 @@ def _chosen(self:MixCallback):
 def _draw_place(self:MixCallback):
     "The module to mix at; None: the input"
     if self.at is None: return None
-    places = find_places(self.at, self.learn.model)
+    places = find_places(self.at, get_model(self.learn.model))
     return places[0] if len(places)==1 else places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
 @patch

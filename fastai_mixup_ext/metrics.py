@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from fastai.learner import Metric
+from fastai.torch_core import maybe_gather
 from .callback import MixCallback
 from .losses import _is_number, _pair_targets
 
@@ -30,7 +31,10 @@ class mixed_accuracy(Metric):
         self.hits,self.count = self.hits+hits.sum().double(),self.count+hits.numel()
 
     @property
-    def value(self): return (self.hits/self.count).item() if self.count else None
+    def value(self):
+        if not self.count: return None
+        hits,count = maybe_gather(torch.stack([self.hits, torch.full_like(self.hits, self.count)])[None]).sum(0)  # of all processes
+        return (hits/count).item()
 
 def _hits(pred, yb, mix, axis):
     "What each prediction hits; a soft target says itself how much each class counts"
