@@ -87,7 +87,7 @@ class MixCallback(Callback):
 
     def _init_state(self): self._gens,self._scratch,self._batch,self._state = {},{},_Batch(),{}
 
-    def __call__(self, event_name):
+    def __call__(self, event_name:str):
         if hasattr(type(self), event_name): return super().__call__(event_name)  # the others need not be looked for on the learner
 
     @property
