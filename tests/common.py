@@ -64,7 +64,7 @@ class Raise(Callback):
         if event_name==self.event:
             self.nth -= 1
             if self.nth==0: raise self.exc
-        if self.lure and event_name==self.lure[0]: raise self.lure[1]
+        if self.lure and event_name==self.lure[0] and self.learn.training!=('validate' in self.event): raise self.lure[1]
 
 def cancel(kind):
     from fastai.callback import core
