@@ -8,6 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/losses.html.md"""
 from __future__ import annotations
 import inspect
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import NamedTuple
 from warnings import warn
@@ -106,6 +107,7 @@ def _class_pair(spec, pred, own, other, lam):
 def _look_up(logp, axis, labels):
     try: return logp.gather(axis, labels)
     except RuntimeError as e:
+        if labels.min()>=0 and labels.max()<logp.shape[axis]: raise
         rule = f"labels must lie between 0 and {logp.shape[axis]-1}, the last class of the prediction, or be ignored (`ignore_index`)"
         raise ValueError(f"{rule}; they run from {labels.min().item()} to {labels.max().item()}") from e
 
@@ -154,8 +156,15 @@ def _speaks_of_reduction(f):
 def _reduction(f): return f.reduction if hasattr(f, 'reduction') else inspect.signature(f).parameters['reduction'].default
 
 def _rows(f, pred, yb):
-    "The loss unreduced, as it comes"
-    with NoneReduce(f) as g: return g(pred, *yb)
+    "The loss unreduced, as it comes. A copy is set to 'none': whatever interrupts us, the loss itself stays as it is"
+    if not hasattr(f, 'reduction'): return f(pred, *yb, reduction='none')
+    shared = isinstance(getattr(type(f), 'reduction', None), property) and not isinstance(f, BaseLoss)  # a copy would share it
+    if shared or torch.compiler.is_compiling():
+        with NoneReduce(f) as g: return g(pred, *yb)
+    g = copy(f)
+    if isinstance(f, BaseLoss): g.func = copy(f.func)
+    g.reduction = 'none'
+    return g(pred, *yb)
 
 def _weights(f, yb, rows):
     "What each value of an unreduced loss counts for, going by the loss's `weight` and `ignore_index`"
@@ -218,9 +227,8 @@ def _any_pair(f, pred, own, other, lam):
     if red=='sum': return rows.sum()
     if _is_plain(f): return rows.mean()
     wa,wb = _weights(f, own, a),_weights(f, other, b)
-    with torch.no_grad():
-        whole = f(pred, *own)
-        plain = (a.mean()-whole).abs() <= (a.sum()/wa.sum()-whole).abs()
+    whole = f(pred, *own)
+    plain = (a.mean()-whole).abs() <= (a.sum()/wa.sum()-whole).abs()  # a truth value: no gradient goes this way
     return rows.sum()/torch.where(plain, rows.numel(), _sum_pair(wa, wb, lam).sum())
 
 # %% ../nbs/api/05_losses.ipynb #mixed

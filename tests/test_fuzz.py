@@ -170,7 +170,7 @@ def a_target(r, pred, n):
     if kind==0: return torch.arange(len(pred)) % max(shape[1], 1)
     if kind==1: return torch.randint(max(shape[1], 1), (shape[0], *shape[2:]))
     if kind==2: return torch.randint(max(shape[-1], 1), shape[:-1])
-    return pred.detach().sigmoid() if kind==3 else a_tensor(r, n, forms=DENSE)
+    return pred.detach().sigmoid() if kind==3 else a_tensor(r, n, [d for d in DTYPES if d!=torch.bool], forms=DENSE)
 
 def test_mixed_loss(): every(3000, a_loss)
 
