@@ -127,7 +127,7 @@ class Failing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
-        if self.count==self.at: raise torch.OutOfMemoryError('no memory, says the test')
+        if self.count==self.at: raise torch.cuda.OutOfMemoryError('no memory, says the test')
         return func(*args, **(kwargs or {}))
 
 def check_clean(learn, never, loss):
@@ -146,7 +146,7 @@ def test_out_of_memory_anywhere(kind, loss):
         learn.assigned.clear()
         try:
             with Failing(at) as failing: learn.fit(1)
-        except torch.OutOfMemoryError: check_clean(learn, never, loss_func)
+        except torch.cuda.OutOfMemoryError: check_clean(learn, never, loss_func)
         else: break
     assert failing.count<at and at>200, "every operation has failed once"
 
