@@ -1,8 +1,9 @@
 """What all the tests share: the same seed before each, no window, and no test of a tool that this environment lacks."""
-import os
+import os, signal
 from importlib.metadata import version
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would our children
 
 import pytest
 from fastai.torch_core import set_seed
