@@ -34,13 +34,16 @@ def alternate(
     rounds:int, # How many figures for each
     device:str='cpu',
     least:float=.002, # Seconds that a figure is to be taken over; 0: one call
-    warm:int=2 # Rounds that are dropped
+    warm:int=2, # Rounds that are dropped
+    settle:bool=False # Call each once more, untimed, before it is timed: what the one before left in caches and allocator is not its own
 )->dict: # Name -> array of `rounds` seconds per call
     "Time `fs` in turn, A B C A B C ..., so that what slows the machine down for a while slows all of them"
     many = {k:1 + int(least/max(min(clock(f, range(1), device) for _ in range(3)), 1e-7)) if least else 1 for k,f in fs.items()}
     took = {k:[] for k in fs}
     for r in range(warm+rounds):
-        for k,f in fs.items(): took[k].append(clock(f, range(r*many[k], (r+1)*many[k]), device))
+        for k,f in fs.items():
+            if settle: f(r*many[k])
+            took[k].append(clock(f, range(r*many[k], (r+1)*many[k]), device))
     return {k:np.array(v[warm:]) for k,v in took.items()}
 
 def spread(

@@ -25,7 +25,7 @@ class Run:
     quick:bool=False  # small shapes: does everything run?
 
     def some(self, cases): return cases[:1] if self.quick else cases
-    def time(self, fs, **kwargs): return alternate(fs, self.rounds, self.device, **kwargs)
+    def time(self, fs, times=1, **kwargs): return alternate(fs, times*self.rounds, self.device, **kwargs)
     def rand(self, *shape): return torch.rand(*shape, device=self.device)
     def labels(self, high, *shape): return torch.randint(0, high, shape, device=self.device)
 
@@ -62,7 +62,8 @@ def callback(run):
     for shape in run.some(cost_cases):
         steps = 3 if run.quick else 20
         fits = {k:learner(run, shape, steps, cbs()) for k,cbs in callbacks.items()}
-        took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0)
+        times = 1 if run.quick or np.prod(shape)>1e6 else 4  # a small difference of two fits takes more of them
+        took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, times, least=0, settle=True)
         cost = {k:took[k]-took['none'] for k in ('fastai', 'ours')}
         rows.append(dict(batch=name(shape), **spread(cost['ours']/np.maximum(cost['fastai'], 1e-9), 'ours/fastai')))
     return {'callback': rows}
