@@ -166,7 +166,7 @@ class MixCallback(Callback):
 @patch
 def _clear(self:MixCallback):
     if self._batch.place: self._batch.place.remove()
-    self._batch = _Batch()
+    vars(self._batch).clear()  # a new attribute would cost fastai's check that it hides none of the learner's
 
 @patch
 def _give_back(self:MixCallback):

@@ -64,21 +64,20 @@ def _unchanged(f, cls):
     return (isinstance(f, cls) and type(f).forward is cls.forward and type(f).__call__ is nn.Module.__call__ and 'forward' not in vars(f)
             and not f._forward_hooks and not f._forward_pre_hooks)
 
-def _classes(f):
+def _classes(f, **more):
     "`f` as a member of the cross-entropy family, or None"
     if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)):
-        spec = _classes(f.func) if type(f).__call__ is BaseLoss.__call__ and f.flatten and f.is_2d and not f.floatify else None
-        return spec and spec._replace(axis=f.axis, flat=True)
+        known = type(f).__call__ is BaseLoss.__call__ and f.flatten and f.is_2d and not f.floatify
+        return _classes(f.func, axis=f.axis, flat=True) if known else None
     if isinstance(f, partial):
-        spec = _classes(f.func) if not f.args and inspect.isroutine(f.func) else None
-        known = {'weight':'weight', 'ignore_index':'ignore_index', 'reduction':'reduction', 'label_smoothing':'eps'}
-        return spec._replace(**{known[k]:v for k,v in f.keywords.items()}) if spec and set(f.keywords)<=set(known) else None
-    if f is F.cross_entropy: return _Classes()
-    if f is F.nll_loss: return _Classes(logits=False)
-    if not isinstance(f, nn.Module): return None
-    if _unchanged(f, nn.CrossEntropyLoss): return _Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing)
-    if _unchanged(f, nn.NLLLoss): return _Classes(f.weight, f.ignore_index, f.reduction, logits=False)
-    if _unchanged(f, LabelSmoothingCrossEntropy): return _Classes(f.weight, reduction=f.reduction, eps=f.eps, smooth_all=True)
+        names = {'weight':'weight', 'ignore_index':'ignore_index', 'reduction':'reduction', 'label_smoothing':'eps'}
+        known = not f.args and inspect.isroutine(f.func) and set(f.keywords)<=set(names)
+        return _classes(f.func, **{names[k]:v for k,v in f.keywords.items()}) if known else None
+    if _unchanged(f, nn.CrossEntropyLoss): return _Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing, **more)
+    if _unchanged(f, nn.NLLLoss): return _Classes(f.weight, f.ignore_index, f.reduction, logits=False, **more)
+    if _unchanged(f, LabelSmoothingCrossEntropy): return _Classes(f.weight, reduction=f.reduction, eps=f.eps, smooth_all=True, **more)
+    if f is F.cross_entropy: return _Classes(**more)
+    if f is F.nll_loss: return _Classes(logits=False, **more)
 
 # %% ../nbs/api/05_losses.ipynb #pair
 def _fits(spec, pred, y):
@@ -95,14 +94,18 @@ def _class_pair(spec, pred, own, other, lam):
     logp = F.log_softmax(plain, axis) if spec.logits else plain
     pos = plain.shape[:axis]+plain.shape[axis+1:]
     acc = logp.dtype if logp.dtype==torch.float64 else torch.float32
-    labels = torch.stack([_plain(own).reshape(pos), _plain(other).reshape(pos)], axis).long()
-    lam = lam.to(acc).reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
+    labels = torch.stack([_plain(y) if y.shape==pos else _plain(y).reshape(pos) for y in (own, other)], axis).long()
+    lam = lam.to(acc)
+    if lam.shape!=pos: lam = lam.reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
     ignored = labels==spec.ignore_index
     counts = torch.stack([lam, 1-lam], axis).masked_fill_(ignored, 0)
-    labels = labels.masked_fill(ignored, 0)
+    labels = labels.masked_fill_(ignored, 0)
     share = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
-    loss = -_look_up(logp, axis, labels).masked_fill(share==0, 0)*share
-    return _reduce_classes(spec, logp, loss, counts, share, axis).to(logp.dtype)
+    total = share.sum() if spec.reduction=='mean' else 1
+    loss = _look_up(logp, axis, labels)
+    loss.detach().masked_fill_(share.logical_not(), 0)
+    loss = loss*(share/-total)
+    return _reduce_classes(spec, logp, loss, counts, total, axis).to(logp.dtype)
 
 def _look_up(logp, axis, labels):
     try: return logp.gather(axis, labels)
@@ -111,17 +114,17 @@ def _look_up(logp, axis, labels):
         rule = f"labels must lie between 0 and {logp.shape[axis]-1}, the last class of the prediction, or be ignored (`ignore_index`)"
         raise ValueError(f"{rule}; they run from {labels.min().item()} to {labels.max().item()}") from e
 
-def _reduce_classes(spec, logp, loss, count, share, axis):
+def _reduce_classes(spec, logp, loss, counts, total, axis):
     "Add the smoothing to the `loss` of own and partner's labels, which lie along `axis`, and reduce"
-    if not spec.eps and spec.reduction!='none': return loss.sum()/share.sum() if spec.reduction=='mean' else loss.sum()
-    loss,count = loss.sum(axis),count.sum(axis)
+    if not spec.eps and spec.reduction!='none': return loss.sum()
+    loss = loss.sum(axis)
     if spec.eps:
+        count = counts.sum(axis)
         w = spec.weight if spec.weight is not None and not spec.smooth_all else None
         smooth = -(logp if w is None else logp*w.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))).sum(axis) * (spec.eps/logp.shape[axis])
-        if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum()/share.sum() + smooth.mean()
-        loss = (1-spec.eps)*loss + (smooth if spec.smooth_all else (smooth*count).masked_fill(count==0, 0))
-    if spec.reduction=='mean': return loss.sum()/share.sum()
-    if spec.reduction=='sum': return loss.sum()
+        if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum() + smooth.mean()
+        loss = (1-spec.eps)*loss + (smooth if spec.smooth_all else (smooth*(count/total)).masked_fill(count==0, 0))
+    if spec.reduction!='none': return loss.sum()
     return loss.unsqueeze(axis).transpose(axis, -1).reshape(-1) if spec.flat else loss
 
 # %% ../nbs/api/05_losses.ipynb #apart
@@ -264,7 +267,7 @@ def _check_targets(yb, n):
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"
-    if mix.mask is None: return yb, tuple(y[mix.partner] for y in yb), mix.lam
+    if mix.mask is None: return yb, tuple(y.index_select(0, mix.partner) for y in yb), mix.lam
     over = [_over(mix.mask, y) for y in yb]
     own = tuple(blend(y, mix) if _pasted(y, mix) else y for y in yb)
     other = tuple(o if _pasted(y, mix) else _partners(y, mix, m is not None) for y,o,m in zip(yb, own, over))
