@@ -130,7 +130,7 @@ def loss(run):
         mix,f = mixup()(pred, y),CrossEntropyLossFlat(axis=1 if positions else -1)
         forward = {k:lambda i, w=w: w(f, pred, y, mix) for k,w in ways.items()}
         both = {k:lambda i, w=w: torch.autograd.grad(w(f, pred, y, mix), pred) for k,w in ways.items()}
-        took = run.time({**{(k,'forward'):v for k,v in forward.items()}, **{(k,'both'):v for k,v in both.items()}})
+        took = run.time({**{(k,'forward'):v for k,v in forward.items()}, **{(k,'both'):v for k,v in both.items()}}, settle=True)
         for k in ways:
             rows.append(dict(prediction=name(shape), who=k, **spread(took[k,'both']/took['plain','both'], 'forward+backward'),
                 forward=float(np.median(took[k,'forward']/took['plain','forward'])),

@@ -17,7 +17,7 @@ from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import by_length, mix_input
-from .losses import by_row, mixed_loss, mixed_targets, _check_targets, _is_number, _speaks_of_reduction, _takes_numbers
+from .losses import by_row, mixed_targets, _check_targets, _is_number, _pair_loss, _speaks_of_reduction, _takes_numbers
 from .memory import Scratch
 from .mix import Mix, _exact, _plain
 from .pairing import shuffled
@@ -133,7 +133,7 @@ class MixCallback(Callback):
     def after_loss(self):
         "Give the targets back, with the loss that goes with the mix"
         if not self._give_back(): return
-        self.learn.loss_grad = mixed_loss(self.learn.loss_func, self.learn.pred, self.learn.yb, self.mix)
+        self.learn.loss_grad = _pair_loss(self.learn.loss_func, self.learn.pred, self.learn.yb, self.mix)
         self.learn.loss = self.learn.loss_grad.clone()
 
     def after_batch(self):

@@ -210,7 +210,7 @@ def _settle(f, pred, yb):
     if not (apart or told):
         name = getattr(f, '__name__', type(f).__name__)
         warn(f"{name} can't be taken apart into rows: it has no `reduction` that can be set to 'none'. "
-             "Each batch is mixed with one lam; in a loop of your own, draw it with per_batch(recipe)", stacklevel=4)
+             "Each batch is mixed with one lam; in a loop of your own, draw it with per_batch(recipe)", stacklevel=5)
     return apart
 
 def _sum_pair(own, other, lam):
@@ -245,7 +245,9 @@ def mixed_loss(
     yb = yb if isinstance(yb, tuple) else tuple(yb) if isinstance(yb, list) else (yb,)
     _check_targets(yb, len(mix))
     targets = mixed_targets(loss_func, yb, mix)
-    if targets is not None: return loss_func(pred, *targets)
+    return _pair_loss(loss_func, pred, yb, mix) if targets is None else loss_func(pred, *targets)
+
+def _pair_loss(loss_func, pred, yb, mix):
     own,other,lam = _pair_targets(yb, mix)
     spec = _classes(loss_func)
     if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
