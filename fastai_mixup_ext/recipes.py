@@ -87,9 +87,13 @@ def _outside(lo, hi, sizes):
     for i,(a,b,s) in enumerate(zip(lo, hi, sizes)):
         pos = torch.arange(s, device=a.device)
         axis = ((pos<a[:,None]) | (pos>=b[:,None])).view(len(a), 1, *[s if i==j else 1 for j in range(len(sizes))])
-        outside = axis if outside is None else (outside.view(torch.uint8) | axis.view(torch.uint8)).view(torch.bool)  # bytes are quicker
+        outside = axis if outside is None else _either(outside, axis)
         area = (b-a)*area
     return 1-area.float()/math.prod(sizes), outside
+
+def _either(a, b):
+    "`a | b`; not compiled, bytes are quicker"
+    return a | b if torch.compiler.is_compiling() else (a.view(torch.uint8) | b.view(torch.uint8)).view(torch.bool)
 
 def _int(x): return x.to(torch.int64)
 

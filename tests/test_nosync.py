@@ -198,4 +198,5 @@ def test_a_given_mix_gives_the_same_compiled(recipe):
         for a,b in zip(f(x, mix), step(x, mix)): assert_close(a, b)
 
 @pytest.mark.skipif(not shutil.which('g++'), reason="inductor needs a C++ compiler")
-def test_inductor(): check_compiled(train(mixup(.4), shuffled), 'inductor', (8,5))
+@pytest.mark.parametrize('recipe', [mixup(.4), one_of(mixup(.4), cutmix(1.)), fmix(1.), resizemix()], ids=repr)
+def test_inductor(recipe): check_compiled(train(recipe, shuffled), 'inductor', (8,5))
