@@ -124,6 +124,8 @@ def test_predictions_in_any_precision(cls, dtype, tol, weighted):
     pred,y = draw('n', dtype=dtype)
     wide = torch.float32 if cls is FocalLossFlat else torch.float64
     f,exact = (cls(weight=weight.to(dtype).to(d) if weighted else None) for d in (dtype,wide))
+    try: f(pred, y)
+    except RuntimeError as e: pytest.skip(f'no plain loss either: {e}')  # half precision on the CPU, torch before 2.4
     exact = mixed_loss(exact, pred.to(wide), y, mix)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
