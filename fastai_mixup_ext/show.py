@@ -95,12 +95,14 @@ def _titles(a, b, targets, lam):
         else: masks += [(yb, 1-lam), (ya, lam)] if t is None else [(t.cpu(), 1.)]
     return ', '.join(labels) or ' + '.join(_shares(lam)), masks
 
-def _table(own, other, lams):
+def _numbered(name, n): return [name] if n==1 else [f'{name} {i}' for i in range(n)]
+
+def _table(own, other, lams, n_inp):
     "The mixed items as text"
     import pandas as pd
     rows = [o.astype(object).values.tolist() if isinstance(o, pd.DataFrame) else o for o in (own, other)]
     df = pd.DataFrame([[_both(lam, x, y) for x,y in zip(a, b)] for a,b,lam in zip(*rows, lams)])
-    df.columns = own.columns if isinstance(own, pd.DataFrame) else [str(c) for c in df.columns]
+    df.columns = own.columns if isinstance(own, pd.DataFrame) else [*_numbered('input', n_inp), *_numbered('target', df.shape[1]-n_inp)]
     display_df(df)
     return df
 
@@ -118,7 +120,7 @@ def show_mixed_batch(self:Learner,
     n,dl,lams = min(max_n, len(mix)),self.dls.train,mix.lam.tolist()
     own,other = _decode(dl, own, n),_decode(dl, other, n)
     k = next((k for k,o in enumerate(own[0][:n_inp]) if _is_picture(o)), None) if isinstance(own, list) else None
-    if k is None: return _table(own, other, lams)
+    if k is None: return _table(own, other, lams, n_inp)
     pics = [item[k] for item in _decode(dl, mixed, n)]
     if ctxs is None: ctxs = _grid(n, figsize)
     for i,(ax,pic) in enumerate(zip(ctxs, pics)):
