@@ -16,7 +16,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .embeddings import by_length, mix_input
+from .embeddings import MixedIds, by_length, mix_input, _tensors
 from .losses import by_row, mixed_targets, _check_targets, _is_number, _pair_loss, _speaks_of_reduction, _takes_numbers
 from .memory import Scratch
 from .mix import Mix, _exact, _plain
@@ -120,6 +120,7 @@ class MixCallback(Callback):
             if _sorts_by_length(self.learn.model): self._sort()
             self._mix_targets()
             self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
+            _check_whole(self.learn.model, self.learn.xb)
 
     def after_pred(self):
         "Take away targets that need a pair of losses"
@@ -245,6 +246,11 @@ def _memory(self:MixCallback, x):
     self._batch.tensors += 1
     if x.dtype not in _exact: return None
     return self._scratch.setdefault(self._batch.tensors, Scratch()).like(_plain(x))
+
+def _check_whole(model, xb):
+    "`DataParallel` splits a batch among its devices"
+    if isinstance(model, nn.DataParallel) and len(model.device_ids)>1 and _tensors(xb, MixedIds):
+        raise TypeError("DataParallel would take mixed ids apart from their mix; train on several devices in learn.distrib_ctx() instead")
 
 def _sorts_by_length(model):
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it

@@ -177,6 +177,12 @@ def test_data_parallel(kind):
     with learn.parallel_ctx(): losses,got = fit(learn)
     assert losses==fit(want)[0] and equal(got, list(want.model.parameters())) and not hooks_on(learn.model)
 
+def test_data_parallel_over_several_devices_refuses_ids():
+    learn = ramp_learner('ids', make_items('ids'))
+    learn.model = torch.nn.DataParallel(learn.model)
+    learn.model.device_ids = [0, 1]
+    with pytest.raises(TypeError, match='ids apart from their mix.*distrib_ctx'): learn.fit(1)
+
 @call_parse
 def main(
     folder:Path, # Where the processes leave their results
