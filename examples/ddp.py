@@ -64,6 +64,12 @@ def train(learn, epochs, resume=False):
     start = learn.checkpoint.load() if resume else 0
     with learn.distrib_ctx(sync_bn=gpu, cpu=not gpu), learn.no_bar(): learn.fit_one_cycle(epochs, 1e-2, start_epoch=start)
 
+def leave():
+    "Leave together: in PyTorch 2.3 a process that leaves early may keep the others waiting for ever"
+    if not torch.distributed.is_initialized(): return
+    torch.distributed.barrier()
+    teardown_distrib()
+
 @call_parse
 def main(
     epochs:int=5, # Epochs of the whole run
@@ -72,4 +78,4 @@ def main(
     resume:store_true=False # Go on from the checkpoint, if there is one?
 ):
     train(make_learner(file, seed), epochs, resume)
-    teardown_distrib()
+    leave()

@@ -94,7 +94,7 @@ def worker(folder, die, resume, cases):
     res = dict(digits=params(learn.model), values=learn.recorder.values)
     if cases: res.update({case: globals()[f'fit_{case[0]}'](*case[1:]) for case in CASES})
     torch.save(res, folder/f'result{rank_distrib()}')
-    ddp.teardown_distrib()
+    ddp.leave()
 
 # What comes of it
 
