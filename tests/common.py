@@ -3,12 +3,16 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as _global
 from fastai.basics import (Callback, CrossEntropyLossFlat, Datasets, ItemGetter, Learner, Recorder, TrainEvalCallback, noop)
 from fastai.learner import CastToTensor
 from fastai_mixup_ext import MixUpCallback
+
+torch_27 = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2]))<(2, 7),
+    reason="torch 2.6 and older can't compile all of it, nor watch every operation on fastai's tensors")
 
 BS,N,WIDTH,CLASSES = 7,21,13,3   # no weight of a model has BS rows, so that a tensor that has is a batch
 

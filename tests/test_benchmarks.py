@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import torch_27
+
 root = Path(__file__).parents[1]
 
+@torch_27
 def test_command(tmp_path):
     command = [sys.executable, '-m', 'benchmarks', '--quick', '--device', 'cpu', '--threads', '1', '--out', tmp_path]
     res = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.nn import MultiMarginLoss
 from torch.utils._python_dispatch import TorchDispatchMode
-from common import Raise, TripCE, TripMSE, arm, cancel, global_hooks, hooks_on, make_dls, make_items, make_learner, make_mixer
+from common import (Raise, TripCE, TripMSE, arm, cancel, global_hooks, hooks_on, make_dls, make_items, make_learner,
+    make_mixer, torch_27)
 from test_exits import CANCELS, PLACES
 from fastai_mixup_ext import MixCallback, deranged, mixup
 
@@ -136,7 +137,7 @@ def check_clean(learn, never, loss):
     assert learn.loss_func is loss and not learn.assigned and loss.reduction=='mean'
     assert not hooks_on(learn.model) and not global_hooks()
 
-@pytest.mark.skipif(not hasattr(torch, 'OutOfMemoryError'), reason="torch before 2.5 can't watch operations on fastai's tensors")
+@torch_27
 @pytest.mark.parametrize('kind,loss', CASES)
 def test_out_of_memory_anywhere(kind, loss):
     "Whichever operation of a fit it is, the error comes out, and the learner is clean and fits again"

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastai_mixup_ext import (MixCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss,
     mixup, one_of, per_batch,
                               resizemix, shuffled, within_class)
+from common import torch_27
 
 recipes = {'mixup': mixup(.4), 'mixup tiny': mixup(1e-3), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(),
     'one_of': one_of(mixup(1.), cutmix()),
@@ -116,6 +117,7 @@ class Count(Callback):
         self.reads.__exit__(None, None, None)
         self.seen,self.reads = self.reads.seen,None
 
+@torch_27
 @each_recipe
 def test_a_training_step_reads_nothing_more(recipe):
     x,(y,_) = batch(16)
@@ -166,19 +168,24 @@ def check_compiled(step, backend='eager', sizes=(8,8,5,7)):
         assert counter.frame_count==1 and not dynamo.utils.counters['graph_break']
         assert w.grad.isfinite().all() and len({*values})==len(values)
 
+@torch_27
 @each_recipe
 def test_every_recipe_compiles_to_one_graph(recipe): check_compiled(train(recipe, shuffled))
 
+@torch_27
 @pytest.mark.parametrize('recipe', [mixup(.4), recipes['one_of rows']], ids=['mixup','one_of rows'])
 def test_with_its_gradient_too(recipe): check_compiled(train(recipe, shuffled), 'aot_eager')
 
+@torch_27
 @each_pairing
 def test_every_pairing_compiles_to_one_graph(pair): check_compiled(train(mixup(.4), pair))
 
+@torch_27
 @pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=torch.rand(5), ignore_index=3, label_smoothing=.1), CrossEntropyLossFlat(),
     FocalLoss()], ids=str)
 def test_losses_compile_to_one_graph(f): check_compiled(train(mixup(.4), shuffled, f))
 
+@torch_27
 def test_a_schedule_compiles():
     "alpha is a number in the graph: a new one may compile again, but not without end"
     recipe = mixup(lambda t: .1+t)
@@ -188,6 +195,7 @@ def test_a_schedule_compiles():
         for i in range(8): f(torch.randn(8, 3), .1*i)
         assert counter.frame_count<=3
 
+@torch_27
 @each_recipe
 def test_a_given_mix_gives_the_same_compiled(recipe):
     x,(y,v) = batch()
@@ -197,6 +205,7 @@ def test_a_given_mix_gives_the_same_compiled(recipe):
         f,_ = compiled(step)
         for a,b in zip(f(x, mix), step(x, mix)): assert_close(a, b)
 
+@torch_27
 @pytest.mark.skipif(not shutil.which('g++'), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize('recipe', [mixup(.4), one_of(mixup(.4), cutmix(1.)), fmix(1.), resizemix()], ids=repr)
 def test_inductor(recipe): check_compiled(train(recipe, shuffled), 'inductor', (8,5))

@@ -36,7 +36,7 @@ def bare(tmp_path):
 def source(path):
     "Module `path` as nbdev 3 writes it; for nbdev 2, which words the comments differently, only its code"
     lines = path.read_text().splitlines()
-    return [o for o in lines if o and not o.startswith(('#', 'Docs: '))] if nbdev2 else lines
+    return [o.rstrip('"') for o in lines if o and not o.startswith(('#', 'Docs: '))] if nbdev2 else lines
 
 def test_modules_are_in_step_with_notebooks(bare):
     nbdev('export', cwd=bare)
