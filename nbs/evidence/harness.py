@@ -147,10 +147,10 @@ def band(ax, x, runs, label, **kwargs):
     line, = ax.plot(x, m, '.-', label=label, **kwargs)
     ax.fill_between(x, m-s, m+s, alpha=.15, color=line.get_color())
 
-def show(fig):
-    "`fig` as a picture of 32 colours, which takes a quarter of the bytes"
+def show(fig, colours=32):
+    "`fig` as a picture of a few colours, which takes a quarter of the bytes"
     whole,small = io.BytesIO(),io.BytesIO()
     fig.savefig(whole, dpi=80)
     plt.close(fig)
-    Picture.open(whole).convert('RGB').quantize(32, dither=Picture.Dither.NONE).save(small, 'png', optimize=True)
+    Picture.open(whole).convert('RGB').quantize(colours, dither=Picture.Dither.NONE).save(small, 'png', optimize=True)
     return Image(small.getvalue())
