@@ -191,8 +191,9 @@ def _progress(self:MixCallback): return min(max(float(getattr(self.learn, 'pct_t
 @patch
 def _chosen(self:MixCallback):
     "Is this batch to be mixed? Drawn on the host, so that no device is waited for"
-    p = value_at('p', self.p, self._progress(), 1.)
-    if p==0 or not self.recipe.active(self._progress()): return False
+    now = self._progress()
+    p = value_at('p', self.p, now, 1.)
+    if p==0 or not self.recipe.active(now): return False
     return p==1 or torch.rand(1, generator=self._generator('cpu'), device='cpu').item()<p
 
 @patch

@@ -78,6 +78,7 @@ def _over(mask, x):
 def _partners(x, mix, cut, out=None):
     "The partner's values for each row, in memory of their own"
     if cut and mix.box is not None: return _shrink(x[mix.partner], mix.box)
+    if out is None and x.is_contiguous(): return x.index_select(0, mix.partner)
     if _functional(x): return x[mix.partner]
     return torch.index_select(x, 0, mix.partner, out=torch.empty_like(x) if out is None else out)  # keeps the memory format
 
