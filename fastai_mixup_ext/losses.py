@@ -99,11 +99,11 @@ def _class_pair(spec, pred, own, other, lam):
     if lam.shape!=pos: lam = lam.reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
     ignored = labels==spec.ignore_index
     counts = torch.stack([lam, 1-lam], axis).masked_fill_(ignored, 0)
-    labels = labels.masked_fill_(ignored, 0)
+    labels.masked_fill_(ignored, 0)
     share = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
     total = share.sum() if spec.reduction=='mean' else 1
     loss = _look_up(logp, axis, labels)
-    loss.detach().masked_fill_(share.logical_not(), 0)
+    loss.detach().masked_fill_(share.logical_not(), 0)  # past autograd: times a share of 0 its gradient is 0 anyway
     loss = loss*(share/-total)
     return _reduce_classes(spec, logp, loss, counts, total, axis).to(logp.dtype)
 
