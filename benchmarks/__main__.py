@@ -4,10 +4,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.script import call_parse
-from fastai.torch_core import set_seed
-from .measure import about
 from .plots import draw_plots
-from .sections import Run, budgets, sections
+from .sections import Run, apart, budgets, measured, sections
 
 here = Path(__file__).parent
 
@@ -26,7 +24,7 @@ def _tell(results, table, title, rows, **about):
 @call_parse
 def main(
     only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
-    quick:bool=False, # Small shapes and two rounds: does everything run?
+    quick:bool=False, # Small shapes and two rounds, all in one process: does everything run?
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy
     rounds:int=25, # Figures taken of each contender
@@ -36,18 +34,14 @@ def main(
     chosen = only.split(',') if only else list(sections)
     unknown = set(chosen)-set(sections)
     if unknown: raise SystemExit(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
-    torch.set_num_threads(threads)
     run = Run(device, 2 if quick else rounds, quick)
     out.mkdir(parents=True, exist_ok=True)
     path = out/'results.json'
     results = json.loads(path.read_text()) if only and path.exists() else {}
     for k in chosen:
-        set_seed(42)
-        before = about(device)
-        tables = sections[k](run)
-        before['load'] = max(before['load'], about(device)['load'])
-        for table,rows in tables.items(): _tell(results, table, sections[k].__doc__, rows, about=before)
-        print('   '.join(f'{k} {v}' for k,v in before.items()), flush=True)
+        tables,where = (measured if quick else apart)(k, run, threads)
+        for table,rows in tables.items(): _tell(results, table, sections[k].__doc__, rows, about=where)
+        print('   '.join(f'{k} {v}' for k,v in where.items()), flush=True)
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
     if rows := budgets(results): _tell(results, 'budgets', budgets.__doc__, rows)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
