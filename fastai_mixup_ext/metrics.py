@@ -28,7 +28,8 @@ class mixed_accuracy(Metric):
     def accumulate(self, learn):
         cb = next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
         hits = _hits(learn.pred, learn.yb, cb.mix if cb and cb._batch.pair else None, self.axis)
-        self.hits,self.count = self.hits+hits.sum().double(),self.count+hits.numel()
+        total = hits.sum() if hits.device.type=='mps' else hits.sum().double()  # Apple's GPUs have no float64
+        self.hits,self.count = self.hits+total,self.count+hits.numel()
 
     @property
     def value(self):

@@ -1,6 +1,7 @@
 """No value is waited for: on `meta` tensors, which have none; by counting what is read; and compiled, one graph for every lam and size."""
 import shutil
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import fastai.callback.progress  # noqa: F401  Learner.no_bar
 import pytest
@@ -13,19 +14,19 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLoss, FocalLossFlat
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastai_mixup_ext import (MixCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss,
-    mixup, one_of, per_batch,
-                              resizemix, shuffled, within_class)
+from fastai_mixup_ext import (MixCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_accuracy, mixed_loss,
+    mixup, one_of, per_batch, resizemix, shuffled, within_class)
 from common import torch_27
 
 recipes = {'mixup': mixup(.4), 'mixup tiny': mixup(1e-3), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(),
-    'one_of': one_of(mixup(1.), cutmix()),
-           'one_of rows': one_of(mixup(.4), cutmix(), fmix(), resizemix(), per_row=True), 'per_batch': per_batch(cutmix())}
+    'one_of': one_of(mixup(1.), cutmix()), 'one_of rows': one_of(mixup(.4), cutmix(), fmix(), resizemix(), per_row=True),
+    'per_batch': per_batch(cutmix())}
 policies = {'shuffled': shuffled, 'deranged': deranged, 'within_class': within_class, 'across_class': across_class,
     'by_target_distance': by_target_distance(1.)}
 each_recipe = pytest.mark.parametrize('recipe', recipes.values(), ids=recipes)
@@ -34,11 +35,14 @@ each_pairing = pytest.mark.parametrize('pair', policies.values(), ids=policies)
 def batch(n=8, device='cpu', spatial=(8,6)):
     return torch.randn(n, 3, *spatial, device=device), (torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(n, device=device))
 
-losses = {'cross-entropy': (F.cross_entropy, (5,), torch.int64, ()), 'weighted': (nn.CrossEntropyLoss(weight=torch.ones(5),
-    label_smoothing=.1), (5,), torch.int64, ()),
-    'flat': (CrossEntropyLossFlat(), (5,), torch.int64, ()), 'focal': (FocalLossFlat(), (5,), torch.int64,
-        ()), 'maps': (CrossEntropyLossFlat(axis=1), (5,8,6), torch.int64, (8,6)),
-    'bce': (BCEWithLogitsLossFlat(), (5,), torch.int64, (5,)), 'mse': (F.mse_loss, (), torch.float32, ())}
+losses = {  # the loss, the shape of a prediction, dtype and shape of a target
+    'cross-entropy': (F.cross_entropy, (5,), torch.int64, ()),
+    'weighted': (nn.CrossEntropyLoss(weight=torch.ones(5), label_smoothing=.1), (5,), torch.int64, ()),
+    'flat': (CrossEntropyLossFlat(), (5,), torch.int64, ()),
+    'focal': (FocalLossFlat(), (5,), torch.int64, ()),
+    'maps': (CrossEntropyLossFlat(axis=1), (5,8,6), torch.int64, (8,6)),
+    'bce': (BCEWithLogitsLossFlat(), (5,), torch.int64, (5,)),
+    'mse': (F.mse_loss, (), torch.float32, ())}
 
 def pred_and_target(pred, dtype, target, n, device):
     return torch.randn(n, *pred, device=device, requires_grad=True), torch.zeros(n, *target, dtype=dtype, device=device)
@@ -63,6 +67,41 @@ def test_losses_need_no_value(recipe, f, pred, dtype, target):
     loss = mixed_loss(f, p, y, recipe(x, yb))
     assert loss.is_meta
     loss.backward()
+
+
+# ---- Apple's GPUs have no float64
+
+class Wide(TorchDispatchMode):
+    "Notes what becomes float64"
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.dtype==torch.float64 for t in tree_leaves(out)): self.seen.append(func.__name__)
+        return out
+
+@each_pairing
+@each_recipe
+def test_nothing_becomes_float64(recipe, pair):
+    with Wide() as wide:
+        x,yb = batch(device='meta')
+        mix = recipe(x, yb, pair=pair)
+        blend(x, mix)
+        pred = torch.randn(8, 5, device='meta', requires_grad=True)
+        for f in (F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), FocalLoss()): mixed_loss(f, pred, yb[0], mix).backward()
+    assert wide.seen==[]
+
+def test_nor_does_the_metric():
+    with FakeTensorMode(), Wide() as wide:  # fake tensors may be on devices that are not there
+        metric = mixed_accuracy()
+        metric.reset()
+        metric.accumulate(SimpleNamespace(cbs=[], pred=torch.rand(8, 5, device='mps'), yb=(torch.zeros(8, device='mps').long(),)))
+    assert wide.seen==[] and metric.hits.device.type=='mps'
+
+def test_float64_is_seen():
+    with Wide() as wide: torch.rand(3).double()
+    assert wide.seen==['_to_copy.default']
 
 
 # ---- what is read, counted
