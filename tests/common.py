@@ -12,7 +12,7 @@ from fastai.learner import CastToTensor
 from fastai_mixup_ext import MixUpCallback
 
 torch_27 = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2]))<(2, 7),
-    reason="torch 2.6 and older can't compile all of it, nor watch every operation on fastai's tensors")
+    reason="torch 2.6 and older can't compile all of it, watch every operation on fastai's tensors, or fake Apple's")
 
 BS,N,WIDTH,CLASSES = 7,21,13,3   # no weight of a model has BS rows, so that a tensor that has is a batch
 

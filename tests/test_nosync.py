@@ -92,6 +92,7 @@ def test_nothing_becomes_float64(recipe, pair):
         for f in (F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), FocalLoss()): mixed_loss(f, pred, yb[0], mix).backward()
     assert wide.seen==[]
 
+@torch_27
 def test_nor_does_the_metric():
     with FakeTensorMode(), Wide() as wide:  # fake tensors may be on devices that are not there
         metric = mixed_accuracy()
