@@ -95,8 +95,6 @@ def _either(a, b):
     "`a | b`; not compiled, bytes are quicker"
     return a | b if torch.compiler.is_compiling() else (a.view(torch.uint8) | b.view(torch.uint8)).view(torch.bool)
 
-def _int(x): return x.to(torch.int64)
-
 # %% ../nbs/api/04_recipes.ipynb #cutmix
 @dataclass(frozen=True)
 class cutmix(Recipe):
@@ -112,8 +110,8 @@ class cutmix(Recipe):
         side,centre = (1-lam)**(1/len(sizes)),_uniform((len(x), len(sizes)), x.device, generator)
         lo,hi = [],[]
         for i,s in enumerate(sizes):
-            size = _int(side*s)
-            start = _int(centre[:,i]*s) - size//2
+            size = (side*s).long()
+            start = (centre[:,i]*s).long() - size//2
             lo.append(start.clamp(min=0))
             hi.append((start+size).clamp(max=s))
         return _outside(lo, hi, sizes)
@@ -133,8 +131,8 @@ class resizemix(Recipe):
         sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
         r = _uniform((len(x), len(sizes)+1), x.device, generator)
         tau = lo+(hi-lo)*r[:,0]
-        size = [_int((tau*s).round()).clamp(1, s) for s in sizes]
-        start = [_int(r[:,i+1]*(s-z+1)).clamp(max=s-1) for i,(s,z) in enumerate(zip(sizes, size))]
+        size = [(tau*s).round().long().clamp(1, s) for s in sizes]
+        start = [(r[:,i+1]*(s-z+1)).long().clamp(max=s-1) for i,(s,z) in enumerate(zip(sizes, size))]
         box = torch.stack([torch.stack([t/s for t,s in zip(o, sizes)], 1) for o in (start, size)], 1)
         return *_outside(start, [a+z for a,z in zip(start, size)], sizes), box
 

@@ -29,14 +29,19 @@ class constant(Recipe):
     def __init__(self, lam): self.lam = lam
     def draw(self, x, progress, generator): return torch.full((len(x),), self.lam, device=x.device)
 
-recipes = {'mixup': mixup(.4), 'mixup8': mixup(8), 'cutmix': cutmix(1.), 'cutmix.2': cutmix(.2), 'fmix': fmix(),
-    'fmix rough': fmix(.5, 1.), 'resizemix': resizemix(), 'resizemix all': resizemix((.01,1.)),
-    'one_of': one_of(mixup(1.), cutmix(1.)), 'one_of rows': one_of(mixup(1.), cutmix(1.), fmix(), resizemix(),
-        per_row=True), 'one_of cuts': one_of(cutmix(), fmix(), resizemix(), per_row=True),
-    'one_of one_of': one_of(one_of(mixup(1.), cutmix(), per_row=True),
-        resizemix()), 'per_batch': per_batch(cutmix()), 'per_batch resizemix': per_batch(resizemix()),
-    'per_batch one_of': per_batch(one_of(mixup(1.), resizemix(), per_row=True)), 'one_of per_batch': one_of(per_batch(mixup(1.)), fmix(),
-        per_row=True), 'stripes': stripes(), 'one_of stripes': one_of(stripes(), mixup(1.))}
+recipes = {  # each for any number of spatial axes
+    'mixup': mixup(.4), 'mixup8': mixup(8),
+    'cutmix': cutmix(1.), 'cutmix.2': cutmix(.2),
+    'fmix': fmix(), 'fmix rough': fmix(.5, 1.),
+    'resizemix': resizemix(), 'resizemix all': resizemix((.01,1.)),
+    'one_of': one_of(mixup(1.), cutmix(1.)),
+    'one_of rows': one_of(mixup(1.), cutmix(1.), fmix(), resizemix(), per_row=True),
+    'one_of cuts': one_of(cutmix(), fmix(), resizemix(), per_row=True),
+    'one_of one_of': one_of(one_of(mixup(1.), cutmix(), per_row=True), resizemix()),
+    'per_batch': per_batch(cutmix()), 'per_batch resizemix': per_batch(resizemix()),
+    'per_batch one_of': per_batch(one_of(mixup(1.), resizemix(), per_row=True)),
+    'one_of per_batch': one_of(per_batch(mixup(1.)), fmix(), per_row=True),
+    'stripes': stripes(), 'one_of stripes': one_of(stripes(), mixup(1.))}
 shapes = {'series': (17,), 'square': (16,16), 'oblong': (33,7), 'wide': (32,64), 'line': (1,9), 'point': (1,1), 'volume': (5,6,7)}
 each_recipe = pytest.mark.parametrize('recipe', recipes.values(), ids=recipes)
 each_shape = pytest.mark.parametrize('spatial', shapes.values(), ids=shapes)
@@ -358,6 +363,22 @@ def test_bad_arguments_are_refused_at_once(f, says):
 
 
 # ---- laws
+
+taken = {  # what a recipe draws for 6 rows of 8 by 5 positions, before the partners: whoever changes it changes what users' seeds mean
+    mixup(.4): lambda g: draw_beta(6, .4, generator=g),
+    cutmix(.4): lambda g: (draw_beta(6, .4, generator=g), torch.rand(6, 2, generator=g)),
+    resizemix(): lambda g: torch.rand(6, 3, generator=g),
+    fmix(.4): lambda g: (draw_beta(1, .4, generator=g), torch.randn(8, 3, 2, generator=g)),
+    per_batch(mixup(.4)): lambda g: draw_beta(1, .4, generator=g),
+    one_of(mixup(.4), resizemix()): lambda g: (draw_beta(6, .4, generator=g), torch.rand(6, 3, generator=g), torch.rand(1, generator=g))}
+
+@pytest.mark.parametrize('recipe,take', taken.items(), ids=map(str, taken))
+def test_nothing_more_is_drawn(recipe, take):
+    ours,theirs = gen(),gen()
+    mix = recipe(rows(6, 8, 5), generator=ours)
+    take(theirs)
+    assert torch.equal(mix.partner, torch.randperm(6, generator=theirs))
+    assert torch.equal(ours.get_state(), theirs.get_state())
 
 cuts = cutmix(),fmix(),resizemix()
 
