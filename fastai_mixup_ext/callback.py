@@ -275,7 +275,7 @@ class CutMixCallback(MixCallback):
 
 # %% ../nbs/api/08_callback.ipynb #fmix
 class FMixCallback(MixCallback):
-    "`MixCallback` with the recipe `fmix(alpha)`"
+    "`MixCallback` with the recipe `fmix(alpha)`; for another `decay`: `MixCallback(fmix(alpha, decay))`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
         *, p:float|Callable=1., pair:Callable=shuffled, at:At=None, seed:int|None=None # as in `MixCallback`
