@@ -1,5 +1,4 @@
-"""The public names and signatures are those of api_surface.txt. Whoever changes them says so there, by `python tests/test_api_surface.py`,
-and in CHANGELOG.md."""
+"""The public names and signatures are those of api_surface.txt."""
 import inspect
 import re
 from pathlib import Path
@@ -26,7 +25,9 @@ def surface():
         yield f'{name}{signature(o)}'
         if isinstance(o, type): yield from (f'    .{k}{signature(v)}' for k,v in methods(o).items())
 
-def test_surface_is_announced(): assert [*surface()]==snapshot.read_text().splitlines()
+def test_surface_is_announced():
+    remedy = "after nbdev-export, run `python tests/test_api_surface.py` and tell the users in CHANGELOG.md"
+    assert [*surface()]==snapshot.read_text().splitlines(), f"a public name or signature changed; {remedy}"
 
 @pytest.mark.parametrize('name', public)
 def test_public_names_say_what_they_are_and_take(name):
@@ -35,4 +36,6 @@ def test_public_names_say_what_they_are_and_take(name):
     calls = [o] + [v for k,v in methods(o).items() if k=='__call__'] if isinstance(o, type) else [o]
     assert not [k for f in calls for k,p in inspect.signature(f).parameters.items() if p.annotation is p.empty and k!='self']
 
-if __name__=='__main__': snapshot.write_text('\n'.join(surface())+'\n')
+if __name__=='__main__':
+    snapshot.write_text('\n'.join(surface())+'\n')
+    print(f"wrote {snapshot.name}; now CHANGELOG.md")

@@ -41,9 +41,10 @@ def source(path):
 def test_modules_are_in_step_with_notebooks(bare):
     nbdev('export', cwd=bare)
     fresh, ours = ({o.name: source(o) for o in (path/package).glob('*.py')} for path in (bare, root))
-    assert fresh==ours
+    assert not [k for k in fresh.keys()|ours.keys() if fresh.get(k)!=ours.get(k)], 'not as the notebooks have it; run nbdev-export'
 
 @pytest.mark.skipif(nbdev2, reason='nbdev 3 cleans more')
 def test_notebooks_are_clean(bare):
     nbdev('clean', cwd=bare)
-    assert not [o.name for o in (bare/'nbs').rglob('*.ipynb') if o.read_text()!=(root/o.relative_to(bare)).read_text()]
+    unclean = [o.name for o in (bare/'nbs').rglob('*.ipynb') if o.read_text()!=(root/o.relative_to(bare)).read_text()]
+    assert not unclean, 'run nbdev-clean'
