@@ -27,8 +27,13 @@ __all__ = ['mixed_targets', 'by_row', 'mixed_loss']
 _number_losses = {nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss,
     F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss}
 
+def _uncompiled(f):
+    "A loss that `torch.compile` wraps: what is set on the wrapper, or on a copy of it, would be set on the loss"
+    return f._modules['_orig_mod'] if isinstance(f, nn.Module) and '_orig_mod' in f._modules else f
+
 def _takes_numbers(loss_func):
     "Does it compare the target as a number, whatever its dtype?"
+    loss_func = _uncompiled(loss_func)
     if isinstance(loss_func, partial): return _takes_numbers(loss_func.func)
     if isinstance(loss_func, BaseLoss): return loss_func.floatify or type(loss_func.func) in _number_losses
     return (loss_func if inspect.isroutine(loss_func) else type(loss_func)) in _number_losses
@@ -66,6 +71,7 @@ def _unchanged(f, cls):
 
 def _classes(f, **more):
     "`f` as a member of the cross-entropy family, or None"
+    f = _uncompiled(f)
     if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)):
         known = type(f).__call__ is BaseLoss.__call__ and f.flatten and f.is_2d and not f.floatify
         return _classes(f.func, axis=f.axis, flat=True) if known else None
@@ -144,12 +150,13 @@ def _known(f):
     return apart if reduction==_reduction(f) else None
 
 def _can_reduce(f):
-    if hasattr(f, 'reduction'): return True
+    if hasattr(f, 'reduction'): return not isinstance(f, torch.jit.ScriptModule)  # one in TorchScript keeps what it was made with
     try: return inspect.isroutine(getattr(f, 'func', f)) and 'reduction' in inspect.signature(f).parameters
     except ValueError: return False  # a builtin without a signature
 
 def _speaks_of_reduction(f):
     "Is it likely that `f` heeds its `reduction`? Its code reads it, or leaves that to torch's or fastai's"
+    f = _uncompiled(f)
     call = type(f).forward if isinstance(f, nn.Module) else f if inspect.isroutine(f) else type(f).__call__
     code = getattr(call, '__code__', None)
     if code is None: return False
@@ -165,7 +172,7 @@ def _rows(f, pred, yb):
     if shared or torch.compiler.is_compiling():
         with NoneReduce(f) as g: return g(pred, *yb)
     g = copy(f)
-    if isinstance(f, BaseLoss): g.func = copy(f.func)
+    if isinstance(f, BaseLoss): g.func = copy(_uncompiled(f.func))
     g.reduction = 'none'
     return g(pred, *yb)
 
@@ -194,7 +201,7 @@ def by_row(
     loss_func:Callable # Any loss function or module
 )->bool|None: # None: only its first batch will tell
     "Can `loss_func` be taken apart into rows, so that each row may have its own lam?"
-    return True if _classes(loss_func) else _known(loss_func)
+    return True if _classes(loss_func) else _known(_uncompiled(loss_func))
 
 # %% ../nbs/api/05_losses.ipynb #whole
 def _settle(f, pred, yb):
@@ -251,7 +258,7 @@ def _pair_loss(loss_func, pred, yb, mix):
     own,other,lam = _pair_targets(yb, mix)
     spec = _classes(loss_func)
     if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
-    return _any_pair(loss_func, pred, *_counted(own, other, lam))
+    return _any_pair(_uncompiled(loss_func), pred, *_counted(own, other, lam))
 
 def _counted(own, other, lam):
     "A target that counts nothing is replaced by the other one: what is impossible there must not spoil the loss, 0 times infinity"

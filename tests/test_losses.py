@@ -287,8 +287,8 @@ class Called:
 def function(pred, y): return F.cross_entropy(pred, y)
 
 whole = {'function': function, 'lambda': lambda pred, y: F.cross_entropy(pred, y), 'ignores': Ignores(), 'refuses': Refuses(),
-    'joins': Joins(), 'bound method': Joins().forward,
-         'BaseLoss': BaseLoss(Ignores), 'partial': partial(function)}
+    'joins': Joins(), 'bound method': Joins().forward, 'BaseLoss': BaseLoss(Ignores), 'partial': partial(function),
+    'TorchScript': torch.jit.script(nn.CrossEntropyLoss())}
 
 @pytest.mark.parametrize('f', whole.values(), ids=whole)
 def test_one_lam_for_the_batch_and_said_once(f):
@@ -456,6 +456,15 @@ def test_the_loss_object_stays_as_it_was(f):
     before = dict(vars(f))
     mixed_loss(f, pred, y, mix)
     assert vars(f)==before and f.reduction=='mean'
+
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), FocalLoss(), nn.MultiMarginLoss(), Twice()], ids=str)
+def test_a_compiled_loss_is_the_loss(f):
+    "What is set on the wrapper, or on a copy of it, is set on the loss"
+    pred,y = draw('n')
+    compiled = torch.compile(f, backend='eager')
+    assert_close(mixed_loss(compiled, pred, y, mix), mixed_loss(f, pred, y, mix))
+    assert by_row(compiled) is by_row(f) is True
+    assert compiled.reduction==f.reduction=='mean'
 
 def test_reduction_is_given_back_when_the_loss_raises():
     class Falls(Twice):
