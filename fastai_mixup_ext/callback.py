@@ -17,7 +17,7 @@ from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import MixedIds, by_length, mix_input, _tensors
-from .losses import by_row, mixed_targets, _check_targets, _is_number, _pair_loss, _speaks_of_reduction, _takes_numbers
+from .losses import by_row, mixed_targets, _check_targets, _is_number, _pair_loss, _speaks_of_reduction, _takes_numbers, _uncompiled
 from .memory import Scratch
 from .mix import Mix, _exact, _plain
 from .pairing import shuffled
@@ -209,7 +209,7 @@ def _draw(self:MixCallback,
     yb:tuple # The targets
 )->Mix:
     "A mix for these rows; with one lam, if the loss can't be taken apart into rows"
-    loss_func = self.learn.loss_func
+    loss_func = _uncompiled(self.learn.loss_func)
     rows = by_row(loss_func)
     if rows is None: rows = _speaks_of_reduction(loss_func)  # until the first batch has told
     recipe = self.recipe if rows or all(map(_is_number, yb)) or _takes_numbers(loss_func) else per_batch(self.recipe)

@@ -33,7 +33,6 @@ def _uncompiled(f):
 
 def _takes_numbers(loss_func):
     "Does it compare the target as a number, whatever its dtype?"
-    loss_func = _uncompiled(loss_func)
     if isinstance(loss_func, partial): return _takes_numbers(loss_func.func)
     if isinstance(loss_func, BaseLoss): return loss_func.floatify or type(loss_func.func) in _number_losses
     return (loss_func if inspect.isroutine(loss_func) else type(loss_func)) in _number_losses
@@ -49,7 +48,7 @@ def mixed_targets(
     mix:Mix # The mix of these rows
 )->tuple|None: # The targets to give to `loss_func`; None: it needs a pair of losses
     "`yb` blended or pasted, if `loss_func` can take that"
-    if not all(map(_is_number, yb)) and _takes_numbers(loss_func): yb = tuple(y if _is_number(y) else y.float() for y in yb)
+    if not all(map(_is_number, yb)) and _takes_numbers(_uncompiled(loss_func)): yb = tuple(y if _is_number(y) else y.float() for y in yb)
     if all(_is_number(y) or _pasted(y, mix) for y in yb): return tuple(blend(y, mix) for y in yb)
 
 # %% ../nbs/api/05_losses.ipynb #spec
@@ -71,7 +70,6 @@ def _unchanged(f, cls):
 
 def _classes(f, **more):
     "`f` as a member of the cross-entropy family, or None"
-    f = _uncompiled(f)
     if isinstance(f, (CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat)):
         known = type(f).__call__ is BaseLoss.__call__ and f.flatten and f.is_2d and not f.floatify
         return _classes(f.func, axis=f.axis, flat=True) if known else None
@@ -156,7 +154,6 @@ def _can_reduce(f):
 
 def _speaks_of_reduction(f):
     "Is it likely that `f` heeds its `reduction`? Its code reads it, or leaves that to torch's or fastai's"
-    f = _uncompiled(f)
     call = type(f).forward if isinstance(f, nn.Module) else f if inspect.isroutine(f) else type(f).__call__
     code = getattr(call, '__code__', None)
     if code is None: return False
@@ -172,7 +169,7 @@ def _rows(f, pred, yb):
     if shared or torch.compiler.is_compiling():
         with NoneReduce(f) as g: return g(pred, *yb)
     g = copy(f)
-    if isinstance(f, BaseLoss): g.func = copy(_uncompiled(f.func))
+    if isinstance(f, BaseLoss): g.func = copy(f.func)
     g.reduction = 'none'
     return g(pred, *yb)
 
@@ -201,7 +198,8 @@ def by_row(
     loss_func:Callable # Any loss function or module
 )->bool|None: # None: only its first batch will tell
     "Can `loss_func` be taken apart into rows, so that each row may have its own lam?"
-    return True if _classes(loss_func) else _known(_uncompiled(loss_func))
+    f = _uncompiled(loss_func)
+    return True if _classes(f) else _known(f)
 
 # %% ../nbs/api/05_losses.ipynb #whole
 def _settle(f, pred, yb):
@@ -256,9 +254,10 @@ def mixed_loss(
 
 def _pair_loss(loss_func, pred, yb, mix):
     own,other,lam = _pair_targets(yb, mix)
+    loss_func = _uncompiled(loss_func)
     spec = _classes(loss_func)
     if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
-    return _any_pair(_uncompiled(loss_func), pred, *_counted(own, other, lam))
+    return _any_pair(loss_func, pred, *_counted(own, other, lam))
 
 def _counted(own, other, lam):
     "A target that counts nothing is replaced by the other one: what is impossible there must not spoil the loss, 0 times infinity"

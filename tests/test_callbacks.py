@@ -333,6 +333,19 @@ def test_compiled(cb):
     close(steps[0].pred, plain(steps[0].xb[0]))
     assert len(graphs)<=2  # one to train, one to validate
 
+class Twice(nn.CrossEntropyLoss):
+    def forward(self, pred, y): return 2*super().forward(pred, y)
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), nn.MultiMarginLoss(), Twice()], ids=str)
+def test_compiled_loss(loss):
+    "It is mixed as the loss that it wraps, from the first batch on each row by its own lam, and stays as it was"
+    learn = learner(MixUpCallback())
+    learn.loss_func = torch.compile(loss, backend='eager')
+    for o in quiet(learn, 'fit', 2):
+        assert len(o.mix.lam.unique())>1
+        close(o.loss, paired(loss, o.pred, o.y, o.mix))
+    assert loss.reduction==learn.loss_func.reduction=='mean'
+
 def test_compiled_tables():
     "Mixed ids too go through a compiled model"
     learn = tabular_learner(wine(), layers=[8])

@@ -48,6 +48,18 @@ def pred_and_target(pred, dtype, target, n, device):
     return torch.randn(n, *pred, device=device, requires_grad=True), torch.zeros(n, *target, dtype=dtype, device=device)
 
 
+class Noted(TorchDispatchMode):
+    "The names of the operators that `notes` is true of"
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.notes(func.__name__, args, kwargs, out): self.seen.append(func.__name__)
+        return out
+
+
 # ---- tensors without values
 
 @each_pairing
@@ -71,15 +83,9 @@ def test_losses_need_no_value(recipe, f, pred, dtype, target):
 
 # ---- Apple's GPUs have no float64
 
-class Wide(TorchDispatchMode):
-    "Notes what becomes float64"
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if any(isinstance(t, torch.Tensor) and t.dtype==torch.float64 for t in tree_leaves(out)): self.seen.append(func.__name__)
-        return out
+class Wide(Noted):
+    "What becomes float64"
+    def notes(self, name, args, kwargs, out): return any(isinstance(t, torch.Tensor) and t.dtype==torch.float64 for t in tree_leaves(out))
 
 @each_pairing
 @each_recipe
@@ -107,22 +113,16 @@ def test_float64_is_seen():
 
 # ---- what is read, counted
 
-class Reads(TorchDispatchMode):
-    "Counts what would wait for an accelerator: values read by the host, shapes that depend on values, copies between devices"
+class Reads(Noted):
+    "What would wait for an accelerator: values read by the host, shapes that depend on values, copies between devices"
     waits = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', '_unique2', 'unique_dim', 'bincount',
         'repeat_interleave.Tensor'}
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__
-        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t,
-            torch.Tensor) and (t.dim() or name=='_to_copy.default')}
+    def notes(self, name, args, kwargs, out):
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.dim() or name=='_to_copy.default'}
         where = args[1] if name.startswith('index') else ()
         selects = isinstance(where, (tuple, list)) and any(isinstance(t, torch.Tensor) and t.dtype==torch.bool for t in where)
-        if name.removesuffix('.default') in self.waits or len(devices)>1 or selects: self.seen.append(name)
-        return out
+        return name.removesuffix('.default') in self.waits or len(devices)>1 or selects
 
 @each_pairing
 @each_recipe
