@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import torch
 from torch import Tensor
+from .mix import _huge
 
 # %% auto #0
 __all__ = ['Scratch']
@@ -25,7 +26,7 @@ class Scratch:
         n = x.nbytes
         if x.device.type!='cpu' or n<_worth or not _countable or torch.compiler.is_compiling(): return None
         if self._store is None or self._store.nbytes()<n or self._holders()!=self._alone or self._store.is_shared():
-            self._store = torch.empty(n, dtype=torch.uint8, device='cpu').untyped_storage()
+            self._store = _huge(torch.empty(n, dtype=torch.uint8, device='cpu')).untyped_storage()
             self._alone = self._holders()
         return x.new_empty(0).set_(self._store, 0, x.shape, torch.empty_like(x, device='meta').stride())
 

@@ -6,6 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/mix.html.md"""
 
 # %% ../nbs/api/00_mix.ipynb #imports
 from __future__ import annotations
+import ctypes, mmap
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ class Mix:
         if len(n)!=1 or self.partner.dtype!=torch.int64: raise _bad('partner', self.partner, "a 1-D int64 tensor of row numbers")
         if _shape(self.lam)!=n or not self.lam.is_floating_point():
             raise _bad('lam', self.lam, f"a floating tensor of shape {n}, like partner")
+        if self.mask is None and self.box is None: return
         m,b = _shape(self.mask),_shape(self.box)
         ok = len(m)>2 and m[0] in (1,*n) and m[1]==1 and (self.mask.dtype==torch.bool or self.mask.is_floating_point())
         if not (self.mask is None or ok):
@@ -78,9 +80,20 @@ def _over(mask, x):
 def _partners(x, mix, cut, out=None):
     "The partner's values for each row, in memory of their own"
     if cut and mix.box is not None: return _shrink(x[mix.partner], mix.box)
-    if out is None and x.is_contiguous(): return x.index_select(0, mix.partner)
+    if out is None and x.is_contiguous() and (_functional(x) or x.nbytes<_large): return x.index_select(0, mix.partner)
     if _functional(x): return x[mix.partner]
-    return torch.index_select(x, 0, mix.partner, out=torch.empty_like(x) if out is None else out)  # keeps the memory format
+    return torch.index_select(x, 0, mix.partner, out=_huge(torch.empty_like(x)) if out is None else out)  # keeps the memory format
+
+_large = 2**25  # bytes; what is larger a CPU's allocator maps anew each time
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None  # only on Linux
+if _madvise: _madvise.argtypes = ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int
+
+def _huge(t):
+    "`t`, to which nobody has written yet, in huge pages where it is large: one page fault for 2 MB instead of 512"
+    if _madvise and type(t) is Tensor and t.device.type=='cpu' and t.nbytes>=_large:
+        start = -(-t.data_ptr()//mmap.PAGESIZE)*mmap.PAGESIZE
+        _madvise(start, t.data_ptr()+t.nbytes-start, mmap.MADV_HUGEPAGE)  # advice: whatever the answer, `t` is good
+    return t
 
 def _functional(x): return torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled()
 
@@ -90,7 +103,7 @@ _exact = torch.float32, torch.float64, torch.complex64, torch.complex128
 
 def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
-    if x.dtype in _exact: return other.lerp_(x, own.to(x.dtype))
+    if x.dtype in _exact: return other.lerp_(x, own if own.dtype==x.dtype else own.to(x.dtype))
     if not (x.is_floating_point() or x.dtype==torch.uint8):
         raise TypeError(f"blend: {x.dtype} values can't be interpolated; "
             "make them floating, or mix where they become numbers (an embedding's output)")

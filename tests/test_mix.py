@@ -1,6 +1,7 @@
 """`blend` against a loop over rows: dtypes, shapes, masks, boxes, memory formats, subclasses; and the laws that it keeps."""
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from fastai_mixup_ext import Mix, blend
+from fastai_mixup_ext.memory import Scratch
 
 lams = tensor([.9,.25,1.,.6,0.,.75])
 partner = tensor([1,0,3,3,2,4])
@@ -209,6 +211,36 @@ def test_inputs_are_never_written_to(dtype):
         assert x._version==version
         for a,b in zip((x,m.partner,m.lam,m.mask), before): assert b is None or (a==b).all()
 
+
+# ---- large batches, in memory of another kind
+
+large = torch.rand(n, 3, 700, 700)  # 35 MB
+larges = {'dense': large, 'channels last': large.to(memory_format=torch.channels_last), 'every other': torch.rand(2*n, 3, 700, 700)[::2],
+    'needs its gradient': large.clone().requires_grad_(), 'half': large.half().repeat(1, 2, 1, 1)}
+
+@pytest.mark.parametrize('m', [mix, Mix(partner, lams, mask=torch.rand(n, 1, 700, 700)<.5)], ids=['lerp','cut'])
+@pytest.mark.parametrize('x', larges.values(), ids=larges)
+def test_a_row_of_a_large_batch_is_that_of_a_small_one(x, m):
+    res = blend(x, m)
+    assert res.stride()==torch.empty_like(x).stride() and res.requires_grad==x.requires_grad
+    for i,j in enumerate(partner.tolist()):
+        two = Mix(tensor([1,0]), lams[[i,j]], None if m.mask is None else m.mask[[i,j]])
+        assert_close(res[i], blend(x[[i,j]], two)[0])
+
+def wants_huge_pages(t):
+    "What Linux says of the memory in the middle of `t`"
+    place,found = t.data_ptr()+t.nbytes//2,False
+    for line in Path('/proc/self/smaps').read_text().splitlines():
+        key,*rest = line.split()
+        if not key.endswith(':'):
+            low,high = (int(o, 16) for o in key.split('-'))
+            found = low<=place<high
+        elif found and key=='VmFlags:': return 'hg' in rest
+
+@pytest.mark.skipif(not Path('/sys/kernel/mm/transparent_hugepage').exists(), reason="this kernel has no transparent huge pages")
+def test_large_results_ask_for_huge_pages():
+    for x in (large, larges['channels last'], large.double()): assert wants_huge_pages(blend(x, mix))
+    assert wants_huge_pages(Scratch().like(large))
 
 # ---- out=
 
