@@ -49,7 +49,9 @@ def _first(o):
     if isinstance(o, Tensor): return o
     if isinstance(o, dict): o = o.values()
     elif not isinstance(o, (tuple, list)): return None
-    return next((t for t in map(_first, o) if t is not None), None)
+    for part in o:
+        t = _first(part)
+        if t is not None: return t
 
 def _check_sizes(loss_func, pred, yb):
     "Class numbers can't be compared with a prediction of another size"
@@ -89,6 +91,11 @@ class MixCallback(Callback):
 
     def __call__(self, event_name:str):
         if hasattr(type(self), event_name): return super().__call__(event_name)  # the others need not be looked for on the learner
+
+    @property
+    def training(self)->bool:
+        "The learner's, found at once: fastai asks for it at every event"
+        return self.learn.training
 
     @property
     def mix(self)->Mix|None:
@@ -246,7 +253,8 @@ def _memory(self:MixCallback, x):
     "Memory like `x`: that of the step before, if it is free"
     self._batch.tensors += 1
     if x.dtype not in _exact: return None
-    return self._scratch.setdefault(self._batch.tensors, Scratch()).like(_plain(x))
+    if self._batch.tensors not in self._scratch: self._scratch[self._batch.tensors] = Scratch()
+    return self._scratch[self._batch.tensors].like(_plain(x))
 
 def _check_whole(model, xb):
     "`DataParallel` splits a batch among its devices"

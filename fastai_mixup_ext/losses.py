@@ -48,8 +48,9 @@ def mixed_targets(
     mix:Mix # The mix of these rows
 )->tuple|None: # The targets to give to `loss_func`; None: it needs a pair of losses
     "`yb` blended or pasted, if `loss_func` can take that"
-    if not all(map(_is_number, yb)) and _takes_numbers(_uncompiled(loss_func)): yb = tuple(y if _is_number(y) else y.float() for y in yb)
-    if all(_is_number(y) or _pasted(y, mix) for y in yb): return tuple(blend(y, mix) for y in yb)
+    hard = [y for y in yb if not _is_number(y)]
+    if hard and _takes_numbers(_uncompiled(loss_func)): yb,hard = tuple(y if _is_number(y) else y.float() for y in yb),[]
+    if all(_pasted(y, mix) for y in hard): return tuple(blend(y, mix) for y in yb)
 
 # %% ../nbs/api/05_losses.ipynb #spec
 class _Classes(NamedTuple):
@@ -84,32 +85,35 @@ def _classes(f, **more):
     if f is F.nll_loss: return _Classes(logits=False, **more)
 
 # %% ../nbs/api/05_losses.ipynb #pair
-def _fits(spec, pred, y):
-    "Are these labels, one for each position of the prediction?"
-    if pred.dim()<2 or pred.numel()==0 or y.dtype==torch.bool or not -pred.dim()<=spec.axis<pred.dim(): return False
-    axis = spec.axis % pred.dim()
-    if spec.flat and 0<axis<pred.dim()-1 and pred.dim()>4: return False  # fastai's flattens labels of volumes in another order
+def _positions(spec, pred, y):
+    "The shape of what `pred` classifies, if `y` has a label for each position of it, else None"
+    d,axis = pred.dim(),spec.axis
+    if d<2 or pred.numel()==0 or y.dtype==torch.bool or not -d<=axis<d: return None
+    axis %= d
+    if spec.flat and 0<axis<d-1 and d>4: return None  # fastai's flattens labels of volumes in another order
     pos = pred.shape[:axis]+pred.shape[axis+1:]
-    return y.shape==pos or spec.flat and [s for s in y.shape if s!=1]==[s for s in pos if s!=1]
+    if y.shape==pos or spec.flat and [s for s in y.shape if s!=1]==[s for s in pos if s!=1]: return pos
 
-def _class_pair(spec, pred, own, other, lam):
+def _class_pair(spec, pred, pos, own, other, lam):
     "`lam*loss(own) + (1-lam)*loss(other)`, reduced as `spec` says; `lam` has one value per row or per position"
     plain,axis = _plain(pred),spec.axis % pred.dim()
     logp = F.log_softmax(plain, axis) if spec.logits else plain
-    pos = plain.shape[:axis]+plain.shape[axis+1:]
-    acc = logp.dtype if logp.dtype==torch.float64 else torch.float32
-    labels = torch.stack([_plain(y) if y.shape==pos else _plain(y).reshape(pos) for y in (own, other)], axis).long()
-    lam = lam.to(acc)
+    acc = torch.float64 if logp.dtype==torch.float64 else torch.float32
+    if own.shape!=pos: own,other = own.reshape(pos),other.reshape(pos)
+    labels = torch.stack((_plain(own), _plain(other)), axis)
+    if labels.dtype!=torch.int64: labels = labels.long()
+    if lam.dtype!=acc: lam = lam.to(acc)
     if lam.shape!=pos: lam = lam.reshape(pos if lam.dim()>1 else (-1, *[1]*(len(pos)-1))).expand(pos)
     ignored = labels==spec.ignore_index
-    counts = torch.stack([lam, 1-lam], axis).masked_fill_(ignored, 0)
+    counts = torch.stack((lam, torch.rsub(lam, 1)), axis).masked_fill_(ignored, 0)
     labels.masked_fill_(ignored, 0)
     share = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
     total = share.sum() if spec.reduction=='mean' else 1
     loss = _look_up(logp, axis, labels)
     loss.detach().masked_fill_(share.logical_not(), 0)  # past autograd: times a share of 0 its gradient is 0 anyway
     loss = loss*(share/-total)
-    return _reduce_classes(spec, logp, loss, counts, total, axis).to(logp.dtype)
+    loss = _reduce_classes(spec, logp, loss, counts, total, axis)
+    return loss if loss.dtype==logp.dtype else loss.to(logp.dtype)
 
 def _look_up(logp, axis, labels):
     try: return logp.gather(axis, labels)
@@ -256,7 +260,8 @@ def _pair_loss(loss_func, pred, yb, mix):
     own,other,lam = _pair_targets(yb, mix)
     loss_func = _uncompiled(loss_func)
     spec = _classes(loss_func)
-    if spec and len(yb)==1 and isinstance(pred, Tensor) and _fits(spec, pred, own[0]): return _class_pair(spec, pred, own[0], other[0], lam)
+    pos = _positions(spec, pred, own[0]) if spec and len(yb)==1 and isinstance(pred, Tensor) else None
+    if pos: return _class_pair(spec, pred, pos, own[0], other[0], lam)
     return _any_pair(loss_func, pred, *_counted(own, other, lam))
 
 def _counted(own, other, lam):
@@ -275,7 +280,7 @@ def _check_targets(yb, n):
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"
-    if mix.mask is None: return yb, tuple(y.index_select(0, mix.partner) for y in yb), mix.lam
+    if mix.mask is None: return yb, [y.index_select(0, mix.partner) for y in yb], mix.lam
     over = [_over(mix.mask, y) for y in yb]
     own = tuple(blend(y, mix) if _pasted(y, mix) else y for y in yb)
     other = tuple(o if _pasted(y, mix) else _partners(y, mix, m is not None) for y,o,m in zip(yb, own, over))

@@ -71,7 +71,7 @@ class mixup(Recipe):
         alpha = value_at('alpha', self.alpha, progress)
         if alpha==0: return torch.ones(len(x), device=x.device)
         lam = draw_beta(len(x), alpha, x.device, generator)
-        return torch.max(lam, 1-lam)
+        return torch.maximum(lam, torch.rsub(lam, 1))  # 1-lam, without the way through Python's operators
 
 # %% ../nbs/api/04_recipes.ipynb #boxes
 def _sizes(x, name):
