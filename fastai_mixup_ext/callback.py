@@ -118,15 +118,18 @@ class MixCallback(Callback):
         if x is None:
             mix_input(self.learn.xb, None, name='the batch')  # says what is wrong with it, unless it is empty
             return
-        if x.dim()==0 or len(x)<2 or not self._chosen(): return
-        _check_targets(self.learn.yb, len(x))
+        x = _plain(x)
+        n = x.shape[0] if x.dim() else 0
+        if n<2 or not self._chosen(): return
+        _check_targets(self.learn.yb, n)
         module = self._draw_place()
         if module is not None: self._batch.place = Place(self.learn.model, module, self._inputs, self._mix_output)
         else:
             self._batch.mix = self._draw(x, self.learn.yb)
             if _sorts_by_length(self.learn.model): self._sort()
             self._mix_targets()
-            self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
+            mix = self._batch.mix
+            self.learn.xb = tuple(mix_input(o, mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
             _check_whole(self.learn.model, self.learn.xb)
 
     def after_pred(self):
@@ -254,7 +257,7 @@ def _memory(self:MixCallback, x):
     self._batch.tensors += 1
     if x.dtype not in _exact: return None
     if self._batch.tensors not in self._scratch: self._scratch[self._batch.tensors] = Scratch()
-    return self._scratch[self._batch.tensors].like(_plain(x))
+    return self._scratch[self._batch.tensors].like(x)
 
 def _check_whole(model, xb):
     "`DataParallel` splits a batch among its devices"

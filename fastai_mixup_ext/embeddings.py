@@ -115,10 +115,11 @@ def mix_input(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; "
             "make it a tensor with one row per item in the data set or its collate function, or remove the mixing callback")
-    if x.layout!=torch.strided: raise TypeError(f"{name} has layout {x.layout}, which can't be mixed; make it dense")
-    if x.dim()==0 or len(x)!=len(mix):
+    plain = _plain(x)
+    if plain.layout!=torch.strided: raise TypeError(f"{name} has layout {x.layout}, which can't be mixed; make it dense")
+    if plain.shape[:1]!=mix.partner.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
-    if x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8: return blend(x, mix, out(x))
+    if plain.is_floating_point() or plain.is_complex() or plain.dtype==torch.uint8: return blend(x, mix, out(plain))
     own,other = _over(mix.mask, x),x[mix.partner]
     if own is not None and own.dtype==torch.bool: return blend(x, mix)
     if x.dtype==torch.bool: return x | other

@@ -37,9 +37,11 @@ def _takes_numbers(loss_func):
     if isinstance(loss_func, BaseLoss): return loss_func.floatify or type(loss_func.func) in _number_losses
     return (loss_func if inspect.isroutine(loss_func) else type(loss_func)) in _number_losses
 
-def _is_number(y): return y.is_floating_point() or y.is_complex()
+def _is_number(y):
+    kind = _plain(y).dtype
+    return kind.is_floating_point or kind.is_complex
 
-def _pasted(y, mix): return mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, y) is not None
+def _pasted(y, mix): return mix.mask is not None and mix.mask.dtype==torch.bool and _over(mix.mask, _plain(y)) is not None
 
 # %% ../nbs/api/05_losses.ipynb #mixed-targets
 def mixed_targets(
@@ -275,7 +277,7 @@ def _check_targets(yb, n):
         if not isinstance(y, Tensor):
             raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; "
                 "make it a tensor with one row per item in the data set or its collate function")
-        if y.dim()==0 or len(y)!=n:
+        if _plain(y).shape[:1]!=(n,):
             raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
 
 def _pair_targets(yb, mix):

@@ -37,7 +37,7 @@ class Mix:
         if self.box is not None and not (b[:1] in ((1,), n) and b[1:]==(2, len(m)-2) and self.box.is_floating_point()):
             raise _bad('box', self.box, f"a floating tensor of shape ({n[0]} or 1, 2, d), with a mask over d axes")
 
-    def __len__(self): return len(self.partner)
+    def __len__(self): return self.partner.shape[0]
 
 def _shape(t): return tuple(t.shape) if isinstance(t, Tensor) else ()
 
@@ -52,13 +52,13 @@ def blend(
     out:Tensor|None=None # Memory for the result, like `x` in shape and dtype and apart from it; None: fresh memory
 )->Tensor: # Shape, dtype, memory format and subclass of `x`
     "Row `i` of `x` mixed with row `mix.partner[i]`; `x` itself is never written to"
-    if x.dim()==0 or len(x)!=len(mix):
-        raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
-    if x.layout!=torch.strided: raise TypeError(f"blend: x has layout {x.layout}, which can't be mixed; make it dense")
     plain = _plain(x)
+    if plain.shape[:1]!=mix.partner.shape:
+        raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
+    if plain.layout!=torch.strided: raise TypeError(f"blend: x has layout {x.layout}, which can't be mixed; make it dense")
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
-    if own is None: own = mix.lam.view(-1, *[1]*(x.dim()-1))
+    if own is None: own = mix.lam.view(-1, *[1]*(plain.dim()-1))
     res = _select(plain, other, own) if own.dtype==torch.bool else _lerp(plain, other, own)
     if mix.mask is not None and own.is_floating_point(): res = torch.where(own==1, plain, res)  # even beside what is not finite
     if out is not None and res is not out: res = out.copy_(res)
@@ -80,17 +80,18 @@ def _over(mask, x):
 def _partners(x, mix, cut, out=None):
     "The partner's values for each row, in memory of their own"
     if cut and mix.box is not None: return _shrink(x[mix.partner], mix.box)
-    if out is None and x.is_contiguous() and (_functional(x) or x.nbytes<_large): return x.index_select(0, mix.partner)
+    if out is None and x.is_contiguous() and (_functional(x) or not _is_large(x)): return x.index_select(0, mix.partner)
     if _functional(x): return x[mix.partner]
     return torch.index_select(x, 0, mix.partner, out=_huge(torch.empty_like(x)) if out is None else out)  # keeps the memory format
 
-_large = 2**25  # bytes; what is larger a CPU's allocator maps anew each time
+def _is_large(x): return x.nbytes>=2**25 and x.device.type=='cpu'  # above 32 MB an allocator maps memory anew each time
+
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, 'MADV_HUGEPAGE') else None  # only on Linux
 if _madvise: _madvise.argtypes = ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int
 
 def _huge(t):
     "`t`, to which nobody has written yet, in huge pages where it is large: one page fault for 2 MB instead of 512"
-    if _madvise and type(t) is Tensor and t.device.type=='cpu' and t.nbytes>=_large:
+    if _madvise and type(t) is Tensor and _is_large(t):
         start = -(-t.data_ptr()//mmap.PAGESIZE)*mmap.PAGESIZE
         _madvise(start, t.data_ptr()+t.nbytes-start, mmap.MADV_HUGEPAGE)  # advice: whatever the answer, `t` is good
     return t

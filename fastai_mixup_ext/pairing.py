@@ -22,7 +22,7 @@ def shuffled(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random permutation of the rows: the paper's pairing"
-    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(len(x), device=x.device, generator=generator)
+    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(x.shape[0], device=x.device, generator=generator)
     return _uniform((len(x),), x.device, generator).argsort()
 
 def _uniform(size, device, generator):

@@ -70,7 +70,7 @@ class mixup(Recipe):
     def draw(self, x, progress, generator):
         alpha = value_at('alpha', self.alpha, progress)
         if alpha==0: return torch.ones(len(x), device=x.device)
-        lam = draw_beta(len(x), alpha, x.device, generator)
+        lam = draw_beta(x.shape[0], alpha, x.device, generator)
         return torch.maximum(lam, torch.rsub(lam, 1))  # 1-lam, without the way through Python's operators
 
 # %% ../nbs/api/04_recipes.ipynb #boxes

@@ -12,7 +12,7 @@ from fastai.callback.all import (ChannelsLast, EarlyStoppingCallback, GradientAc
                                  NonNativeMixedPrecision, ReduceLROnPlateau, SaveModelCallback, minimum)
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.tabular.all import Categorify, CategoryBlock, TabularDataLoaders, tabular_learner
-from fastai.torch_core import TensorImageBW, set_seed
+from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorImageBW, set_seed
 from sklearn.datasets import load_diabetes, load_digits, load_wine
 from torch import nn
 
@@ -304,6 +304,26 @@ def test_diabetes():
     for o in train(learn, MixUpCallback(1.)): close(o.loss, squared(o.pred.double(), lerped(o.y[0], o.mix)))
     xv,yv = (torch.stack(o).double() for o in zip(*items[300:]))
     close(learn.recorder.values[-1][1], squared(deepcopy(learn.model).double()(xv), yv))
+
+@pytest.mark.parametrize('cb,targets', [(MixUpCallback, TensorCategory), (CutMixCallback, TensorCategory), (MixUpCallback, TensorImage)])
+def test_fastais_tensors_are_asked_nothing(monkeypatch, cb, targets):
+    "A question to a subclass costs as much as a small operator; the tensor under it answers at once"
+    y = torch.arange(12)%3
+    items = list(zip(map(TensorImage, torch.rand(12, 3, 4, 4)), map(targets, y if targets is TensorCategory else F.one_hot(y).float())))
+    asked,event,answer = [],[],TensorImage.__torch_function__.__func__
+    class Watched(cb):
+        def __call__(self, event_name):
+            event.append(event_name)
+            super().__call__(event_name)
+            event.pop()
+    def note(cls, func, *args, **kwargs):
+        if event: asked.append((*event, func))
+        return answer(cls, func, *args, **kwargs)
+    monkeypatch.setattr(TensorBase, '__torch_function__', classmethod(note))
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=4, device='cpu', num_workers=0), nn.Sequential(nn.Flatten(), nn.Linear(48, 3)),
+        loss_func=CrossEntropyLossFlat() if targets is TensorCategory else nn.CrossEntropyLoss(), cbs=Watched())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.recorder.losses and not asked
 
 def test_deepcopy():
     "The copy has a callback of its own, which begins at its seed"
