@@ -119,7 +119,7 @@ class MixCallback(Callback):
             mix_input(self.learn.xb, None, name='the batch')  # says what is wrong with it, unless it is empty
             return
         x = _plain(x)
-        n = x.shape[0] if x.dim() else 0
+        n = x.size(0) if x.dim() else 0
         if n<2 or not self._chosen(): return
         _check_targets(self.learn.yb, n)
         module = self._draw_place()

@@ -8,7 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/embeddings.html.md
 from __future__ import annotations
 import torch
 from torch import Tensor
-from .mix import Mix, blend, _over, _plain
+from .mix import Mix, blend, _dense, _over, _plain
 
 # %% auto #0
 __all__ = ['MixedIds', 'mix_input', 'by_length']
@@ -115,8 +115,7 @@ def mix_input(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; "
             "make it a tensor with one row per item in the data set or its collate function, or remove the mixing callback")
-    plain = _plain(x)
-    if plain.layout!=torch.strided: raise TypeError(f"{name} has layout {x.layout}, which can't be mixed; make it dense")
+    plain = _dense(x, name)
     if plain.shape[:1]!=mix.partner.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
     if plain.is_floating_point() or plain.is_complex() or plain.dtype==torch.uint8: return blend(x, mix, out(plain))

@@ -52,10 +52,9 @@ def blend(
     out:Tensor|None=None # Memory for the result, like `x` in shape and dtype and apart from it; None: fresh memory
 )->Tensor: # Shape, dtype, memory format and subclass of `x`
     "Row `i` of `x` mixed with row `mix.partner[i]`; `x` itself is never written to"
-    plain = _plain(x)
+    plain = _dense(x, 'blend: x')
     if plain.shape[:1]!=mix.partner.shape:
         raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
-    if plain.layout!=torch.strided: raise TypeError(f"blend: x has layout {x.layout}, which can't be mixed; make it dense")
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
     if own is None: own = mix.lam.view(-1, *[1]*(plain.dim()-1))
@@ -65,7 +64,18 @@ def blend(
     return _like(res, x)
 
 # %% ../nbs/api/00_mix.ipynb #blend-parts
-def _plain(x): return x if type(x) is Tensor else x.as_subclass(Tensor)
+def _plain(x):
+    "The tensor under a subclass: fastai's take longer over a question than over a small operator"
+    if type(x) is Tensor: return x
+    try: return x.as_subclass(Tensor)
+    except NotImplementedError: return x  # it is made of others, and there is none under it
+
+def _dense(x, name):
+    "The tensor under `x`, which must be dense"
+    plain = _plain(x)
+    if plain.layout==torch.strided and not plain.is_nested: return plain
+    layout = f"{plain.layout}{', nested' if plain.is_nested else ''}"
+    raise TypeError(f"{name} has layout {layout}, which can't be mixed; make it dense")
 
 def _over(mask, x):
     "`mask` as it lies over `x`; None where there is no mask, or `x` has no positions"

@@ -39,8 +39,9 @@ class Recipe:
         generator:Generator|None=None # On `x`'s device; None: torch's global generator
     )->Mix:
         "Draw the shares first, then the partners"
-        if not isinstance(x, Tensor) or x.dim()==0 or x.layout!=torch.strided:
-            raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {x!r}")
+        if not isinstance(x, Tensor) or x.dim()==0 or x.layout!=torch.strided or x.is_nested:
+            got = f"one with layout {x.layout} and {x.dim()} axes" if isinstance(x, Tensor) else repr(x)
+            raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {got}")
         where = self.draw(x, progress, generator)
         return Mix(pair(x, yb, generator), *(where if isinstance(where, tuple) else (where,)))
 

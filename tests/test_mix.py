@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from fastai_mixup_ext import Mix, blend
+from fastai_mixup_ext import Mix, blend, mixup
+from fastai_mixup_ext.embeddings import mix_input
 from fastai_mixup_ext.memory import Scratch
 
 lams = tensor([.9,.25,1.,.6,0.,.75])
@@ -357,6 +358,19 @@ def test_no_rows(x): assert blend(x, Mix(torch.zeros(0, dtype=torch.int64), torc
     (dict(partner=tensor([1,0]), lam=torch.ones(2), mask=torch.ones(2, 1, 4, 4)>0, box=torch.ones(3, 2, 2)), "Mix.box")])
 def test_what_is_no_mix_is_refused(kw, says):
     with pytest.raises(ValueError, match=says): Mix(**kw)
+
+def not_dense():
+    "Batches of two rows that are no dense tensors"
+    rows = [torch.rand(3, 2), torch.rand(4, 2)]
+    return torch.rand(2, 3).to_sparse(), *(torch.nested.nested_tensor(rows, layout=o) for o in (torch.strided, torch.jagged))
+
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
+def test_what_is_not_dense_is_refused():
+    two = Mix(tensor([1,0]), tensor([.5,.5]))
+    for x in not_dense():
+        for f in (lambda: blend(x, two), lambda: mix_input(x, two, name='input 0'), lambda: mixup()(x)):
+            with pytest.raises(TypeError, match='dense') as e: f()
+            assert len(str(e.value))<150  # not the whole tensor
 
 @pytest.mark.parametrize('x', [torch.zeros(n+1, 3), tensor(1.), torch.zeros(0, 3)])
 def test_other_rows_are_refused(x):
