@@ -128,8 +128,7 @@ class MixCallback(Callback):
             self._batch.mix = self._draw(x, self.learn.yb)
             if _sorts_by_length(self.learn.model): self._sort()
             self._mix_targets()
-            mix = self._batch.mix
-            self.learn.xb = tuple(mix_input(o, mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
+            self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
             _check_whole(self.learn.model, self.learn.xb)
 
     def after_pred(self):
@@ -256,8 +255,7 @@ def _memory(self:MixCallback, x):
     "Memory like `x`: that of the step before, if it is free"
     self._batch.tensors += 1
     if x.dtype not in _exact: return None
-    if self._batch.tensors not in self._scratch: self._scratch[self._batch.tensors] = Scratch()
-    return self._scratch[self._batch.tensors].like(x)
+    return self._scratch.setdefault(self._batch.tensors, Scratch()).like(x)
 
 def _check_whole(model, xb):
     "`DataParallel` splits a batch among its devices"

@@ -277,12 +277,13 @@ def _check_targets(yb, n):
         if not isinstance(y, Tensor):
             raise TypeError(f"target {i} is a {type(y).__name__}, which can't be mixed; "
                 "make it a tensor with one row per item in the data set or its collate function")
-        if _plain(y).shape[:1]!=(n,):
+        plain = _plain(y)
+        if plain.dim()==0 or plain.size(0)!=n:
             raise ValueError(f"target {i} has shape {tuple(y.shape)}, but the batch has {n} rows; every target needs one row per item")
 
 def _pair_targets(yb, mix):
     "The targets of the rows, those of their partners, and the share of the first"
-    if mix.mask is None: return yb, [y.index_select(0, mix.partner) for y in yb], mix.lam
+    if mix.mask is None: return yb, tuple(y.index_select(0, mix.partner) for y in yb), mix.lam
     over = [_over(mix.mask, y) for y in yb]
     own = tuple(blend(y, mix) if _pasted(y, mix) else y for y in yb)
     other = tuple(o if _pasted(y, mix) else _partners(y, mix, m is not None) for y,o,m in zip(yb, own, over))
