@@ -70,10 +70,12 @@ def _plain(x):
     try: return x.as_subclass(Tensor)
     except NotImplementedError: return x  # it is made of others, and there is none under it
 
+def _is_dense(x): return x.layout==torch.strided and not x.is_nested
+
 def _dense(x, name):
     "The tensor under `x`, which must be dense"
     plain = _plain(x)
-    if plain.layout==torch.strided and not plain.is_nested: return plain
+    if _is_dense(plain): return plain
     layout = f"{plain.layout}{', nested' if plain.is_nested else ''}"
     raise TypeError(f"{name} has layout {layout}, which can't be mixed; make it dense")
 

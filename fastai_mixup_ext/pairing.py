@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 import torch
 from torch import Generator, Tensor
-from .mix import _plain
+from .mix import _is_dense, _plain
 
 # %% auto #0
 __all__ = ['shuffled', 'deranged', 'within_class', 'across_class', 'by_target_distance']
@@ -43,7 +43,7 @@ def deranged(
 def _targets(x, yb, ok):
     "The targets of the rows of `x` that are `ok`, as plain tensors"
     if not isinstance(yb, (tuple, list)): yb = (yb,)
-    def fits(y): return isinstance(y, Tensor) and y.layout==torch.strided and y.dim()>0 and len(y)==len(x)
+    def fits(y): return isinstance(y, Tensor) and _is_dense(y) and y.dim()>0 and len(y)==len(x)
     return [_plain(y) for y in yb if fits(y) and ok(y)]
 
 def _labels(x, yb, policy):

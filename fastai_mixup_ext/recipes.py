@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 import torch
 from torch import Generator, Tensor
-from .mix import Mix
+from .mix import Mix, _is_dense
 from .pairing import _uniform, shuffled
 from .schedules import check_value, value_at
 
@@ -39,7 +39,7 @@ class Recipe:
         generator:Generator|None=None # On `x`'s device; None: torch's global generator
     )->Mix:
         "Draw the shares first, then the partners"
-        if not isinstance(x, Tensor) or x.dim()==0 or x.layout!=torch.strided or x.is_nested:
+        if not isinstance(x, Tensor) or x.dim()==0 or not _is_dense(x):
             got = f"one with layout {x.layout} and {x.dim()} axes" if isinstance(x, Tensor) else repr(x)
             raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {got}")
         where = self.draw(x, progress, generator)
