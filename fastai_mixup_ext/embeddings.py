@@ -8,7 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/embeddings.html.md
 from __future__ import annotations
 import torch
 from torch import Tensor
-from .mix import Mix, blend, _dense, _over
+from .mix import Mix, _dense, _mixed, _over
 
 # %% auto #0
 __all__ = ['MixedIds', 'mix_input', 'by_length']
@@ -118,9 +118,9 @@ def mix_input(
     plain = _dense(x, name)
     if plain.shape[:1]!=mix.partner.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; every input needs one row per item")
-    if plain.is_floating_point() or plain.is_complex() or plain.dtype==torch.uint8: return blend(x, mix, out(plain))
+    if plain.is_floating_point() or plain.is_complex() or plain.dtype==torch.uint8: return _mixed(x, plain, mix, out(plain))
     own,other = _over(mix.mask, plain),plain[mix.partner]
-    if own is not None and own.dtype==torch.bool: return blend(x, mix)
+    if own is not None and own.dtype==torch.bool: return _mixed(x, plain, mix)
     if plain.dtype==torch.bool: return x | other
     if own is None: own = mix.lam.view(-1, *[1]*(plain.dim()-1))
     return MixedIds(plain, other, own.expand(plain.shape).contiguous())

@@ -55,6 +55,10 @@ def blend(
     plain = _dense(x, 'blend: x')
     if plain.shape[:1]!=mix.partner.shape:
         raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(mix)} rows; both need the same first axis")
+    return _mixed(x, plain, mix, out)
+
+def _mixed(x, plain, mix, out=None):
+    "`blend`, where `plain`, the tensor under `x`, is known to be dense and to have the rows of the mix"
     own = _over(mix.mask, plain)
     other = _partners(plain, mix, own is not None, out)
     if own is None: own = mix.lam.view(-1, *[1]*(plain.dim()-1))
