@@ -46,10 +46,11 @@ class First(nn.Module):
         self.n,self.head = n,nn.Linear(n, classes)
     def forward(self, x): return self.head(x.flatten(1)[:,:self.n])
 
-def learner(run, shape, steps, cbs=(), model=None, types=(noop, noop)):
-    "A learner over `steps` ready batches of random inputs and labels of these types, without validation"
+def learner(run, shape, steps, cbs=(), model=None, types=()):
+    "A learner over `steps` ready batches of random inputs and labels, of these types or plain tensors, without validation"
     xs,model = run.inputs(*shape),First() if model is None else model
-    batches = [(types[0](xs[i%len(xs)]), types[1](run.labels(10, shape[0]))) for i in range(steps)]
+    to_x,to_y = types or (noop, noop)
+    batches = [(to_x(xs[i%len(xs)]), to_y(run.labels(10, shape[0]))) for i in range(steps)]
     dls = DataLoaders(batches, [], device=torch.device(run.device))
     learn = Learner(dls, model.to(run.device), CrossEntropyLossFlat(), lr=1e-4, cbs=cbs)
     learn.remove_cbs(ProgressCallback)
@@ -65,7 +66,7 @@ def callback(run):
     rows = []
     for shape,*types in run.some(cost_cases):
         steps = 3 if run.quick else 20
-        fits = {k:learner(run, shape, steps, cbs(), types=types or (noop, noop)) for k,cbs in callbacks.items()}
+        fits = {k:learner(run, shape, steps, cbs(), types=types) for k,cbs in callbacks.items()}
         times = 1 if run.quick or np.prod(shape)>1e6 else 4  # a small difference of two fits takes more of them
         took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, times, least=0, settle=True)
         cost = {k:took[k]-took['none'] for k in ('fastai', 'ours')}

@@ -215,13 +215,15 @@ def test_inputs_are_never_written_to(dtype):
 
 # ---- large batches, in memory of another kind
 
-large = torch.rand(n, 3, 700, 700)  # 35 MB
-larges = {'dense': large, 'channels last': large.to(memory_format=torch.channels_last), 'every other': torch.rand(2*n, 3, 700, 700)[::2],
-    'needs its gradient': large.clone().requires_grad_(), 'half': large.half().repeat(1, 2, 1, 1)}
+def large(rows=n, channels=3, **kwargs): return torch.rand(rows, channels, 700, 700, **kwargs)  # 35 MB
+
+larges = {'dense': large, 'channels last': lambda: large().to(memory_format=torch.channels_last), 'every other': lambda: large(2*n)[::2],
+    'needs its gradient': lambda: large(requires_grad=True), 'half': lambda: large(channels=6).half()}
 
 @pytest.mark.parametrize('m', [mix, Mix(partner, lams, mask=torch.rand(n, 1, 700, 700)<.5)], ids=['lerp','cut'])
-@pytest.mark.parametrize('x', larges.values(), ids=larges)
-def test_a_row_of_a_large_batch_is_that_of_a_small_one(x, m):
+@pytest.mark.parametrize('make', larges.values(), ids=larges)
+def test_a_row_of_a_large_batch_is_that_of_a_small_one(make, m):
+    x = make()
     res = blend(x, m)
     assert res.stride()==torch.empty_like(x).stride() and res.requires_grad==x.requires_grad
     for i,j in enumerate(partner.tolist()):
@@ -240,8 +242,8 @@ def wants_huge_pages(t):
 
 @pytest.mark.skipif(not Path('/sys/kernel/mm/transparent_hugepage').exists(), reason="this kernel has no transparent huge pages")
 def test_large_results_ask_for_huge_pages():
-    for x in (large, larges['channels last'], large.double()): assert wants_huge_pages(blend(x, mix))
-    assert wants_huge_pages(Scratch().like(large))
+    for x in (large(), larges['channels last'](), large().double()): assert wants_huge_pages(blend(x, mix))
+    assert wants_huge_pages(Scratch().like(large()))
 
 # ---- out=
 
