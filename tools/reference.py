@@ -1,0 +1,86 @@
+"""How the reference shows a symbol: the call as a caller writes it, the docstring, and a table with a row for every parameter."""
+import inspect
+from importlib import import_module
+from textwrap import wrap
+
+from fastcore.docments import docments
+from nbdev import showdoc
+from nbdev.doclinks import NbdevLookup
+
+from fastai_mixup_ext._modidx import d as index
+
+stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+
+
+def from_package(sym):
+    "What the package exports as `sym`: a notebook's own copy has no source, and belongs to `__main__`"
+    name = sym.__qualname__
+    module = next((o for o,syms in index['syms'].items() if f'{o}.{name}' in syms), None)
+    if module is None: return sym
+    found = import_module(module)
+    for part in name.split('.'): found = getattr(found, part, sym)
+    return found
+
+
+def parameters(sym):
+    "The parameters that a caller of `sym` gives, by name"
+    if inspect.isclass(sym) and sym.__init__ is object.__init__: return {}
+    found = dict(inspect.signature(sym).parameters)
+    if not inspect.isclass(sym): found.pop('self', None)
+    return found
+
+
+def named(o): return getattr(o, '__name__', None) or repr(o)
+
+
+def written(p):
+    "Parameter `p` in a call"
+    return stars.get(p.kind, '') + p.name + ('' if p.default is p.empty else f'={named(p.default)}')
+
+
+def call(name, params, width=80):
+    "`name(...)` as a caller writes it, in lines of at most `width`"
+    args = [written(p) for p in params.values()]
+    first = next((i for i,p in enumerate(params.values()) if p.kind==p.KEYWORD_ONLY), None)
+    if first is not None: args.insert(first, '*')
+    line = f"{name}({', '.join(args)})"
+    if len(line)<=width: return line
+    body = wrap(', '.join(args), width-4, break_long_words=False, break_on_hyphens=False)
+    return '\n'.join([f'{name}(', *(f'    {o}' for o in body), ')'])
+
+
+def type_name(anno):
+    "An annotation as text, without the names of modules"
+    if anno is inspect.Parameter.empty: return ''
+    text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
+    for module in ('fastai_mixup_ext.', 'collections.abc.', 'typing.', '__main__.'): text = text.replace(module, '')
+    return f"`{text}`"
+
+
+def row(*cells): return '| ' + ' | '.join(str(o).replace('|', r'\|').replace('\n', ' ') for o in cells) + ' |'
+
+
+def described(sym, params):
+    "A Markdown table of the parameters and of what is returned"
+    docs = docments(sym, full=True, returns=True, args_kwargs=True)
+    def cells(p):
+        default = '' if p.default is p.empty else f'`{named(p.default)}`'
+        return f'`{p.name}`', type_name(p.annotation), default, docs.get(p.name, {}).get('docment') or ''
+    rows = [cells(p) for p in params.values()]
+    back = docs.get('return') or {}
+    if not inspect.isclass(sym) and back.get('docment'): rows.append(('returns', type_name(back['anno']), '', back['docment']))
+    if not rows: return ''
+    return '\n'.join(row(*o) for o in [('', 'type', 'default', 'meaning'), ['---']*4, *rows])
+
+
+class Entry(showdoc.BasicMarkdownRenderer):
+    "nbdev's entry for a symbol, with the call instead of a definition"
+    def _repr_markdown_(self):
+        sym = from_package(self.sym)
+        params = parameters(sym) if callable(sym) else {}
+        code = f'```python\n{call(self.nm, params) if callable(sym) else self.nm}\n```'
+        source = NbdevLookup().code(self.fn)
+        link = f'[source]({source}){{target="_blank" style="float:right; font-size:smaller"}}' if source else ''
+        heading = f"{'#'*self.title_level} {self.nm}"
+        docs = f'*{self.docs}*' if self.docs else ''
+        return '\n\n'.join(o for o in ['---', link, heading, code, docs, described(sym, params)] if o)
