@@ -1,5 +1,6 @@
 """How the reference shows a symbol: the call as a caller writes it, the docstring, and a table with a row for every parameter."""
 import inspect
+import re
 from importlib import import_module
 from textwrap import wrap
 
@@ -24,7 +25,7 @@ def from_package(sym):
 
 def parameters(sym):
     "The parameters that a caller of `sym` gives, by name"
-    if inspect.isclass(sym) and sym.__init__ is object.__init__: return {}
+    if inspect.isclass(sym) and sym.__init__ is object.__init__ and sym.__new__ is object.__new__: return {}
     found = dict(inspect.signature(sym).parameters)
     if not inspect.isclass(sym): found.pop('self', None)
     return found
@@ -60,9 +61,16 @@ def type_name(anno):
 def row(*cells): return '| ' + ' | '.join(str(o).replace('|', r'\|').replace('\n', ' ') for o in cells) + ' |'
 
 
+def meanings(sym):
+    "What the comments behind the parameters of `sym`, or behind the fields of a named tuple, say"
+    if inspect.isclass(sym) and issubclass(sym, tuple):
+        return {k: {'docment': v} for k,v in re.findall(r'^ +(\w+):.*?# (.*)$', inspect.getsource(sym), re.M)}
+    return docments(sym, full=True, returns=True, args_kwargs=True)
+
+
 def described(sym, params):
     "A Markdown table of the parameters and of what is returned"
-    docs = docments(sym, full=True, returns=True, args_kwargs=True)
+    docs = meanings(sym)
     def cells(p):
         default = '' if p.default is p.empty else f'`{named(p.default)}`'
         return f'`{p.name}`', type_name(p.annotation), default, docs.get(p.name, {}).get('docment') or ''
@@ -70,7 +78,9 @@ def described(sym, params):
     back = docs.get('return') or {}
     if not inspect.isclass(sym) and back.get('docment'): rows.append(('returns', type_name(back['anno']), '', back['docment']))
     if not rows: return ''
-    return '\n'.join(row(*o) for o in [('', 'type', 'default', 'meaning'), ['---']*4, *rows])
+    head = '', 'type', 'default', 'meaning'
+    used = [i for i,o in enumerate(zip(*rows)) if any(o) or head[i]=='meaning']
+    return '\n'.join(row(*(o[i] for i in used)) for o in [head, ['---']*4, *rows])
 
 
 class Entry(showdoc.BasicMarkdownRenderer):

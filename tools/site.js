@@ -1,6 +1,7 @@
-// On a telephone the sidebar opens at its top, whatever it was scrolled to; the section of the page is still open in it.
+// The sidebar is longer than the window: beside the page it shows the entry of the page; opened on a telephone it shows its top
 (() => {
-  const sidebar = document.querySelector("#quarto-sidebar");
-  if (!sidebar) return;
-  document.querySelectorAll(".quarto-btn-toggle").forEach((o) => o.addEventListener("click", () => { sidebar.scrollTop = 0; }));
+  const sidebar = document.querySelector("#quarto-sidebar"), entry = sidebar && sidebar.querySelector(".sidebar-link.active");
+  if (!entry || getComputedStyle(sidebar).position === "fixed") return;
+  const place = entry.getBoundingClientRect(), box = sidebar.getBoundingClientRect();
+  if (place.bottom > box.bottom) sidebar.scrollTop += place.top - box.top - box.height / 2;
 })();
