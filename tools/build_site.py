@@ -127,7 +127,8 @@ class SelfContained(Site):
 
     def untex(self, page):
         "The search shows a formula as it is read"
-        seen = {' '.join(html.unescape(m[2]).split()): re.sub('<[^>]*>', '', html.unescape(self.mathml(page, m))) for m in formula.finditer(page.html)}
+        def read(m): return re.sub('<[^>]*>', '', html.unescape(self.mathml(page, m)))
+        seen = {' '.join(html.unescape(m[2]).split()): read(m) for m in formula.finditer(page.html)}
         for tex in sorted((o for o in seen if '\\' in o), key=len, reverse=True):  # a short one may be a part of a long one
             for o in page.env['search']: o['text'] = o['text'].replace(tex, seen[tex])
 

@@ -32,6 +32,7 @@ root = Path(__file__).parents[1]
 number = re.compile(r'(?<![\w.])[-+−]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?', re.I)
 passing = re.compile(r'\b\d{1,2}:\d\d(?::\d\d)?\b|\b\d{4}-\d\d-\d\d\b|0x[0-9a-f]{6,}|/tmp/[\w/]+')  # times, dates, places
 markup = re.compile(r'<style.*?</style>|<[^>]*>', re.S)
+hidden = re.compile(r'^#\| *(?:hide\b|echo: *false|include: *false)', re.M)
 measured = re.compile(r'^#\| *measured: *true', re.M)
 versions = 'version('
 shown = 'image/png', 'image/jpeg', 'image/svg+xml', 'text/html', 'text/markdown', 'text/latex', 'text/plain'  # the first is what is seen
@@ -191,6 +192,15 @@ def needs_versions(page):
     return not said and any(kind.startswith('image/') or re.search(r'\d\.\d', o) for c in cells for kind,o in seen(c))
 
 
+def long_lines(page, width=90):
+    "The cells of a page for readers whose code or printed output has lines of more than `width` characters, and how many"
+    if 'api' in page.parts: return {}
+    def count(text): return sum(len(o)>width for o in text.splitlines())
+    cells = [o for o in read_nb(page).cells if o.cell_type=='code' and not hidden.search(o.source)]
+    found = {o.id: count(o.source) + sum(count(text) for kind,text in seen(o) if kind in ('stdout', 'text/plain')) for o in cells}
+    return {k: v for k,v in found.items() if v}
+
+
 def find(names):
     "The notebooks called `names`, with or without folder, number and ending; all of them without names"
     every = sorted(o for o in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(root).parts))
@@ -203,9 +213,13 @@ def find(names):
 
 
 def list_pages(pages):
+    "How each page is checked, and what is to be mended on it"
     for o in pages:
         how = 'kept results' if kept_results(o) else 'run'
-        print(f"{o.relative_to(root/'nbs').as_posix():45}{how}{', says no versions' if needs_versions(o) else ''}")
+        wide = long_lines(o)
+        notes = ['no versions'] if needs_versions(o) else []
+        notes += [f"{sum(wide.values())} lines over 90 characters in {', '.join(wide)}"] if wide else []
+        print(f"{o.relative_to(root/'nbs').as_posix():35}{how:15}{'; '.join(notes)}".rstrip())
 
 
 def main():
