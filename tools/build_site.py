@@ -154,13 +154,14 @@ def rename_copies(out):
 
 def finish_head(out):
     "What search engines and link previews read: the page's own address, and a picture"
-    home = get_config().doc_url.rstrip('/')
+    home, about = get_config().doc_url.rstrip('/'), html.escape(get_config().description)
     for f in out.rglob('*.html'):
         if f.name=='404.html': continue
         url = f'{home}/{f.relative_to(out).as_posix()}'.removesuffix('index.html')
         metas = {'og:url': url, 'og:type': 'website', 'og:image': f'{home}/{card}'}
-        more = f'<link rel="canonical" href="{url}">' + ''.join(f'<meta property="{k}" content="{v}">' for k,v in metas.items())
         text = described.sub(lambda m: m[0].replace('`', ''), f.read_text())
+        if 'og:description' not in text: metas |= {'og:description': about}
+        more = f'<link rel="canonical" href="{url}">' + ''.join(f'<meta property="{k}" content="{v}">' for k,v in metas.items())
         f.write_text(text.replace('</head>', f'{more}<meta name="twitter:card" content="summary_large_image"></head>', 1))
 
 
