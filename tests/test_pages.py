@@ -15,6 +15,7 @@ root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'tools'))
 import build_site
 import check_pages
+import reference
 
 pages = check_pages.find([])
 
@@ -34,6 +35,35 @@ def test_entry_under_its_own_heading_loses_its_own():
     entry = '### mixup\n\n```python\nmixup(alpha)\n```'
     assert build_site.without_doubles(f'## mixup\n\nWords.\n\n{entry}')=='## mixup\n\nWords.\n\n```python\nmixup(alpha)\n```'
     for other in '## CutMix\n\n', '```python\n## mixup\n```\n\n', '': assert build_site.without_doubles(other + entry)==other + entry
+
+# The reference
+
+class Recorder:
+    def __call__(self, x): pass
+    def show(self, x, *rest, n=9, **kwargs): pass
+    @classmethod
+    def made(cls, x): pass
+
+def written(f): return reference.call(reference.callee(f, f.__qualname__), reference.parameters(f))
+
+def test_calls():
+    def f(x, y=1., *, pair=len, seed=None): pass
+    def long(first_of_many=1, second_of_many=2, third_of_many=3, fourth_of_many=4, fifth_of_many=5): pass
+    f.__qualname__,long.__qualname__ = 'f','long'
+    assert written(f)=='f(x, y=1.0, *, pair=len, seed=None)'
+    assert written(Recorder.show)=='recorder.show(x, *rest, n=9, **kwargs)'
+    assert written(Recorder.__call__)=='recorder(x)' and written(Recorder.made)=='Recorder.made(x)'
+    assert reference.parameters(Recorder)=={}
+    lines = written(long).splitlines()
+    assert max(map(len, lines))<=80 and lines[0]=='long(' and lines[-1]==')'
+    compile(written(long), '', 'eval')
+
+def test_table_has_a_row_for_every_parameter():
+    def f(x, # (n,) the input
+        y=1., # a|b
+        z=None): pass
+    rows = reference.described(f, reference.parameters(f)).splitlines()
+    assert rows[2:]==['| `x` |  | (n,) the input |', r'| `y` | `1.0` | a\|b |', '| `z` | `None` |  |']
 
 # What readers meet
 

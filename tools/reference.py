@@ -45,11 +45,20 @@ def written(p):
     return stars.get(p.kind, '') + p.name + ('' if p.default is p.empty else f'={named(p.default)}')
 
 
+def callee(sym, name):
+    "What a caller writes before the parenthesis: a method is called on an object, not on its class"
+    cls,_,method = name.rpartition('.')
+    if not cls or inspect.ismethod(sym): return name
+    own = {'Learner': 'learn'}.get(cls, 'cb' if cls.endswith('Callback') else cls.lower())
+    return own if method=='__call__' else f'{own}.{method}'
+
+
 def call(name, params, width=80):
     "`name(...)` as a caller writes it, in lines of at most `width`"
     args = [written(p) for p in params.values()]
-    first = next((i for i,p in enumerate(params.values()) if p.kind==p.KEYWORD_ONLY), None)
-    if first is not None: args.insert(first, '*')
+    kinds = [p.kind for p in params.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        args.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), '*')
     line = f"{name}({', '.join(args)})"
     if len(line)<=width: return line
     body = wrap(', '.join(args), width-4, break_long_words=False, break_on_hyphens=False)
@@ -58,7 +67,7 @@ def call(name, params, width=80):
 
 def type_name(anno):
     "An annotation as text, without the names of modules"
-    if anno is inspect.Parameter.empty: return ''
+    if anno is inspect.Parameter.empty or inspect.isfunction(anno): return ''  # a function that reads an option is no type
     text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
     for module in ('fastai_mixup_ext.', 'collections.abc.', 'typing.', '__main__.'): text = text.replace(module, '')
     return f"`{text}`"
@@ -94,7 +103,7 @@ class Entry(showdoc.BasicMarkdownRenderer):
     def _repr_markdown_(self):
         sym = from_package(self.sym)
         params = parameters(sym) if callable(sym) else {}
-        code = f'```python\n{call(self.nm, params) if callable(sym) else self.nm}\n```'
+        code = f'```python\n{call(callee(sym, self.nm), params) if callable(sym) else self.nm}\n```'
         source = NbdevLookup().code(self.fn)
         link = f'[source]({source}){{target="_blank" style="float:right; font-size:smaller"}}' if source else ''
         heading = f"{'#'*self.title_level} {self.nm}"
