@@ -82,7 +82,8 @@ def without_doubles(body):
 
 def picture(m):
     "The picture `m` in a box that scrolls on a telephone; dark mode turns the colours of a plot, which is mostly white and nowhere black"
-    with Image.open(BytesIO(b64decode(m[1]))) as o: pixels = np.asarray(o.convert('RGB'))
+    with Image.open(BytesIO(b64decode(m[1]))) as o: drawn = o.convert('RGBA')
+    pixels = np.asarray(Image.alpha_composite(Image.new('RGBA', drawn.size, 'white'), drawn))[...,:3]
     white,black = (pixels.min(-1)>=250).mean(), (pixels.max(-1)<80).mean()
     kind = 'plot' if white>=.5 and black<.08 else 'photo'
     return f'<span class="picture {kind}" style="--natural-width: {pixels.shape[1]}px" tabindex="0">{m[0]}</span>'
