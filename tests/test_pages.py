@@ -78,7 +78,7 @@ def test_pages_with_figures_say_their_versions():
 
 @pytest.mark.parametrize('old,new,same', [
     ('0.5000', '0.5004', True), ('0.50', '0.60', False), ('0.50', '0.51', True), ('10', '11', False), ('100', '101', True),
-    ('1e-9', '3e-9', False), ('−0.50', '-0.50', True), ('0.5', '-0.5', False)])
+    ('1e-5', '3e-5', False), ('0', '1e-8', True), ('−0.50', '-0.50', True), ('0.5', '-0.5', False)])
 def test_numbers(old, new, same): assert check_pages.agree(old, new, .02)==same
 
 @pytest.mark.parametrize('old,new,same', [

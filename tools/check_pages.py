@@ -4,12 +4,19 @@ Without names all pages are checked. A page is *run*, in a copy, unless it is a 
 must then show what `evidence/results` holds (`--full` runs it whole instead, which takes hours). How outputs are compared:
 
 - text, tables: the words must be equal, and a number may differ by a share of itself (`--rtol`) or by one in its last decimal;
+  what is below a millionth is rounding;
 - a picture must be there, and have the same size;
 - times of day, durations such as 00:12, dates and temporary folders are not compared; of a cell with `#| measured: true`, which times
   something, neither numbers nor sizes of pictures;
 - in the line that the cell with `version(` prints, the package's version counts; torch's and fastai's are reported.
 
-The script says where a page and its outputs disagree, and exits 1."""
+The script says where a page and its outputs disagree, and exits 1.
+
+A page with figures ends with a cell that prints what it was made with (its imports have `from importlib.metadata import version`):
+
+    #| echo: false
+    print(', '.join(f'{o} {version(o)}' for o in ('torch', 'fastai', 'fastai_mixup_ext')))
+"""
 import json
 import os
 import re
@@ -69,7 +76,7 @@ def agree(old, new, rtol):
     "Are two written numbers equal, up to `rtol` or one in the last decimal of the shorter?"
     a,b = (float(o.replace('−', '-')) for o in (old, new))
     decimals = min(len(o.partition('.')[2]) if 'e' not in o.lower() else 0 for o in (old, new))
-    return isclose(a, b, rel_tol=rtol, abs_tol=1.01*10**-decimals if decimals else 0)
+    return isclose(a, b, rel_tol=rtol, abs_tol=1.01*10**-decimals if decimals else 1e-6)
 
 
 def picture_size(kind, data):
