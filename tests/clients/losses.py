@@ -1,4 +1,4 @@
-"""Every loss of timm, kornia, segmentation_models_pytorch and monai that compares a prediction with a target: how it is made, and batches for it."""
+"""Every loss of timm, kornia, segmentation_models_pytorch and monai that has a target: how it is made, and batches for it."""
 from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,7 +113,7 @@ kornia = {
 no_kornia = dict(
     MIKernel='no loss: the kinds of a kernel',
     TotalVariation='has no target',
-    **{f'{o}MILossFromRef{d}': 'has no target: the picture to compare with is given when it is made' for o in ('', 'N') for d in ('', '2D', '3D')})
+    **{f'{o}MILossFromRef{d}': 'has no target: what to compare with is given when it is made' for o in ('', 'N') for d in ('', '2D', '3D')})
 
 def narrow(data): return replace(data, dtype=torch.float32)  # it can't take anything else
 
@@ -135,9 +135,9 @@ smp |= {
 
 to_hot = dict(to_onehot_y=True, softmax=True)
 wasserstein = 1-torch.eye(C)
-monai = {f'{o.__name__}': (partial(o, **to_hot), channel_maps) for o in (
-    M.DiceLoss, M.DiceCELoss, M.DiceFocalLoss, M.GeneralizedDiceLoss, M.GeneralizedDiceFocalLoss, M.TverskyLoss, M.MCCLoss, M.HausdorffDTLoss,
-    M.LogHausdorffDTLoss, M.SoftclDiceLoss, M.SoftDiceclDiceLoss, M.BoundaryLoss, M.MaskedDiceLoss)}
+monai = {o.__name__: (partial(o, **to_hot), channel_maps) for o in (
+    M.DiceLoss, M.DiceCELoss, M.DiceFocalLoss, M.GeneralizedDiceLoss, M.GeneralizedDiceFocalLoss, M.TverskyLoss, M.MCCLoss,
+    M.HausdorffDTLoss, M.LogHausdorffDTLoss, M.SoftclDiceLoss, M.SoftDiceclDiceLoss, M.BoundaryLoss, M.MaskedDiceLoss)}
 monai |= {
     'AUCMLoss': (M.AUCMLoss, int_map),
     'AsymmetricUnifiedFocalLoss': (partial(M.AsymmetricUnifiedFocalLoss, to_onehot_y=True),

@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import Watch, global_hooks, hooks_on
+from common import Watch
+from looking import blends_inputs, fit
 from losses import N, cases, libraries, public
-from tape import close, lerped, loaders, train
+from tape import close, lerped, loaders
 from torch import nn
 from torch.testing import assert_close
 
 from fastai.basics import Learner
-from fastai.callback import progress  # noqa: F401 patched onto Learner
 from fastai_mixup_ext import Mix, MixCallback, Recipe, cutmix, mixed_loss, mixup, one_of
 
 every_loss = pytest.mark.parametrize('name', cases)
@@ -62,7 +62,7 @@ def test_pasted_targets(name):
     if not size: size = 2,2
     mask = torch.rand(N, 1, *size)<.6
     loss_func,mix = make(),Mix(partner, mask.flatten(1).double().mean(1).mean().expand(N), mask)
-    for pred,leaf,y in batches(name):
+    for pred,_,y in batches(name):
         over = y.shape[2:]==size or y.shape[1:]==size
         keep = mask if y.dim()==mask.dim() else mask[:,0]
         if over: want = make()(pred, torch.where(keep, y, y[partner]))
@@ -90,11 +90,6 @@ def learner(name, rows=4*N):
     x = torch.rand(rows, 1, *(data.shape[1:] or (8,8)), dtype=data.dtype)
     return Learner(loaders(list(zip(x, ys)), bs=N, shuffle=False), Pointwise(data), loss_func=make(), lr=1e-3)
 
-def plain_state(o):
-    "What a loss remembers, its parts included"
-    parts = {k: plain_state(v) for k,v in o._modules.items()} if isinstance(o, nn.Module) else {}
-    return {k: str(v) for k,v in getattr(o, '__dict__', {}).items() if k!='_modules'} | parts
-
 def formula(step, loss_func):
     "The loss that a step should have had, from the prediction, the targets as loaded and the mix"
     (y,),mix,pred = step.y,step.mix,step.pred
@@ -108,21 +103,15 @@ def formula(step, loss_func):
 
 @every_loss
 def test_training(name):
-    "Under a switch of two recipes every loss trains, each step's loss is the formula, and nothing is left behind"
-    learn = learner(name)
-    loss_func,hooks,cbs = learn.loss_func,hooks_on(learn.model),list(learn.cbs)
-    state,weights = plain_state(loss_func),learn.model.lin.weight.detach().clone()
-    cb = MixCallback(one_of(mixup(.4), cutmix(1.)), seed=1)
-    steps = train(learn, cb, epochs=3)
+    "Under a switch of two recipes every loss trains, each step's loss is the formula, and the learner is afterwards as before"
+    learn,cb = learner(name),MixCallback(one_of(mixup(.4), cutmix(1.)), seed=1)
+    before = learn.model.lin.weight.detach().clone()
+    steps = fit(learn, cb, epochs=3)
     assert len(steps)==12 and {o.mix.mask is None for o in steps}=={True, False}
-    for o in steps:
-        mask = o.mix.mask
-        x, = o.x
-        close(o.xb[0], lerped(x, o.mix) if mask is None else torch.where(mask, x, x[o.mix.partner]))
-        close(o.loss, formula(o, cases[name][0]()))
-    assert not torch.equal(learn.model.lin.weight, weights) and learn.model.lin.weight.isfinite().all()
-    assert learn.loss_func is loss_func and plain_state(loss_func)==state and list(learn.cbs)==cbs
-    assert hooks_on(learn.model)==hooks and not global_hooks() and cb.mix is None
+    blends_inputs(steps)
+    for o in steps: close(o.loss, formula(o, cases[name][0]()))
+    weight = learn.model.lin.weight
+    assert weight.isfinite().all() and not torch.equal(weight, before)
 
 class KeepAll(Recipe):
     "Partners whose share is 0"
