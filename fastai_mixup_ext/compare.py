@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from scipy import stats
+from .effects import Effect, holm, paired, seeds_needed, smallest_effect
 
 # %% auto #0
-__all__ = ['GAIN', 'UNSURE', 'LOSS', 'MEMORISES', 'Run', 'is_lower_better', 'Effect', 'paired', 'holm', 'power', 'seeds_needed',
-           'smallest_effect', 'Comparison']
+__all__ = ['GAIN', 'UNSURE', 'LOSS', 'MEMORISES', 'Run', 'is_lower_better', 'Comparison', 'plot_forest']
 
 # %% ../nbs/api/13_compare.ipynb #run
 @dataclass
@@ -35,11 +35,13 @@ class Run:
         return float(curve[-1]) if len(curve) else math.nan
 
 # %% ../nbs/api/13_compare.ipynb #direction
-_higher = """accuracy accuracy_multi top_k_accuracy mixed_accuracy balanced_accuracy_score foreground_acc dice dice_multi jaccard_coeff
-    jaccard_coeff_multi jaccard_score f1_score fbeta_score precision_score recall_score roc_auc_score average_precision_score cohen_kappa_score
-    matthews_corrcoef explained_variance_score r2_score pearsonr spearmanr corpus_bleu""".split()
-_lower = 'loss valid_loss error_rate rmse exp_rmspe mse mae msle perplexity brier_score_loss hamming_loss'.split()
-_errors = 'accuracy accuracy_multi error_rate balanced_accuracy_score foreground_acc top_k_accuracy'.split()
+# shares of right or wrong answers
+_errors = 'accuracy accuracy_multi error_rate foreground_acc mixed_accuracy top_k_accuracy'.split()
+_lower = 'loss error_rate rmse exp_rmspe mse mae msle perplexity brier_score_loss hamming_loss'.split()
+_higher = """accuracy accuracy_multi top_k_accuracy mixed_accuracy balanced_accuracy_score foreground_acc
+    dice dice_multi jaccard_coeff jaccard_coeff_multi jaccard_score f1_score fbeta_score precision_score recall_score roc_auc_score
+    average_precision_score cohen_kappa_score matthews_corrcoef explained_variance_score r2_score pearsonr spearmanr
+    corpus_bleu""".split()
 
 def is_lower_better(
     measure:str # The name of a loss or metric, as fastai's table of results has it
@@ -48,86 +50,8 @@ def is_lower_better(
     name = measure.lstrip('_')
     if name in _lower: return True
     if name in _higher: return False
-    raise ValueError(f"metric {measure!r}: is lower or higher better? It is none of fastai's own; pass lower_is_better=True or False")
-
-# %% ../nbs/api/13_compare.ipynb #effect
-@dataclass(frozen=True)
-class Effect:
-    "The mean of paired differences, with its interval over the seeds"
-    mean:float # Of the differences, candidate - baseline
-    low:float # The 95 % interval is from `low`
-    high:float # to `high`
-    p:float # Two-sided, of the paired t test
-    sd:float # Standard deviation of the differences
-    n:int # Pairs
-
-def paired(
-    values, # (n,) of the candidate, one for each seed
-    baseline # (n,) of the baseline, for the same seeds
-)->Effect:
-    "The differences `values - baseline`: mean, 95 % t interval, and p of the paired t test"
-    values,baseline = np.asarray(values, float),np.asarray(baseline, float)
-    d,n = values-baseline,len(values)
-    if not n: return Effect(*[math.nan]*5, 0)
-    d[np.abs(d) <= 1e-12*np.maximum(np.abs(values), np.abs(baseline))] = 0  # rounding is no difference
-    mean = d.mean()
-    if n<2: return Effect(mean, *[math.nan]*4, n)
-    sd = d.std(ddof=1) if np.ptp(d)>1e-12*np.abs(d).max() else 0.
-    half = stats.t.ppf(.975, n-1)*sd/math.sqrt(n)
-    return Effect(mean, mean-half, mean+half, 2*stats.t.sf(abs(mean)*math.sqrt(n)/sd, n-1) if sd else 1., sd, n)
-
-# %% ../nbs/api/13_compare.ipynb #holm
-def holm(
-    ps # p-values; nan: none could be had, it does not count
-)->np.ndarray: # The same, each to be compared with .05 as if it were alone
-    "p-values after Holm: the chance of one false find among all stays below the level"
-    ps = np.asarray(ps, float)
-    out,known = ps.copy(),np.flatnonzero(~np.isnan(ps))
-    order = known[np.argsort(ps[known])]
-    out[order] = np.minimum(np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)), 1)
-    return out
-
-# %% ../nbs/api/13_compare.ipynb #power
-def power(
-    effect:float, # The true difference
-    sd:float, # Standard deviation of the paired differences, > 0
-    n:int, # Pairs, at least 2
-    level:float=.05 # The p-value below which a difference counts
-)->float:
-    "The chance that `n` pairs show a true difference of `effect`"
-    t,shift = stats.t.ppf(1-level/2, n-1),abs(effect)/sd*math.sqrt(n)
-    return float(stats.nct.sf(t, n-1, shift) + stats.nct.cdf(-t, n-1, shift))
-
-def _first(ok, high):
-    "The smallest whole number from 2 to `high` that is `ok`, for an `ok` that stays true; None if there is none"
-    if not ok(high): return None
-    low = 1
-    while high-low>1:
-        mid = (low+high)//2
-        low,high = (low,mid) if ok(mid) else (mid,high)
-    return high
-
-def seeds_needed(
-    effect:float, # The true difference to be seen
-    sd:float, # Standard deviation of the paired differences
-    level:float=.05, # The p-value below which a difference counts
-    most:int=10_000 # Where the search ends
-)->int|None: # None: more than `most`
-    "How many pairs show a true difference of `effect` with a chance of 80 %"
-    return _first(lambda n: power(effect, sd, n, level)>=.8, most) if sd>0 else 2
-
-def smallest_effect(
-    sd:float, # Standard deviation of the paired differences
-    n:int, # Pairs, at least 2
-    level:float=.05 # The p-value below which a difference counts
-)->float:
-    "The smallest true difference that `n` pairs show with a chance of 80 %"
-    low,high = 0.,sd
-    while high and power(high, sd, n, level)<.8: high *= 2
-    for _ in range(40):
-        mid = (low+high)/2
-        low,high = (low,mid) if not sd or power(mid, sd, n, level)>=.8 else (mid,high)
-    return high
+    raise ValueError(f"metric {measure!r} is none of fastai's own, so nobody knows whether lower or higher is better; "
+        "pass lower_is_better=True or False")
 
 # %% ../nbs/api/13_compare.ipynb #comparison
 GAIN,UNSURE,LOSS = 'clear gain',"can't tell",'clear loss'
@@ -135,7 +59,8 @@ GAIN,UNSURE,LOSS = 'clear gain',"can't tell",'clear loss'
 def _as_runs(runs, metric):
     "Runs from plain values: candidate → one value for each seed (None: that run is missing)"
     if not isinstance(runs, Mapping): return list(runs)
-    return [Run(name, seed, {metric:[v]}) for name,values in runs.items() for seed,v in enumerate(values) if v is not None]
+    values = [(name, seed, v) for name,o in runs.items() for seed,v in enumerate(o)]
+    return [Run(name, seed, {metric:[v]}) for name,seed,v in values if v is not None]
 
 class Comparison:
     "Paired runs compared with those of a baseline: a table, a plot, a suggestion, and a sentence"
@@ -154,7 +79,8 @@ class Comparison:
         self.lower = is_lower_better(metric) if lower_is_better is None else bool(lower_is_better)
         self.names = list(dict.fromkeys(r.name for r in self.runs))
         self.baseline = self.names[0] if baseline is None else baseline
-        if self.baseline not in self.names: raise ValueError(f"baseline={baseline!r} has no run; it must be one of {self.names}")
+        if self.baseline not in self.names:
+            raise ValueError(f"baseline={baseline!r} has no run; it must be one of {self.names}")
         self.costs,self.suggestions = dict(costs) if costs else self._costs(),dict(suggestions or {})
         self.effects = {o: self._effect(o) for o in self.names if o!=self.baseline}
         self.ps = dict(zip(self.effects, holm([e.p for e in self.effects.values()]).tolist()))
@@ -213,7 +139,7 @@ def sd(self:Comparison)->float:
 @patch(as_prop=True)
 def seeds(self:Comparison)->int:
     "Pairs of each candidate; the fewest, where a run is missing"
-    return min((e.n for e in self.effects.values()), default=0)
+    return min((e.n for e in self.effects.values() if e.n), default=0)
 
 @patch(as_prop=True)
 def level(self:Comparison)->float:
@@ -232,10 +158,24 @@ def needed(self:Comparison,
     "How many seeds would show a true difference of `effect` with a chance of 80 %"
     return seeds_needed(effect, self.sd, self.level) if self.sd>=0 else None
 
-# %% ../nbs/api/13_compare.ipynb #words
+# %% ../nbs/api/13_compare.ipynb #gap
 MEMORISES = 2  # the validation loss over the training loss, from which a model counts as one that memorises
 
-def _number(v, unit=1.): return f'{v:.{max(0, min(6, -math.floor(math.log10(unit)) if unit>0 else 1))}f}'
+@patch(as_prop=True)
+def gap(self:Comparison)->tuple|None:
+    "Mean losses of the baseline's runs on training and validation rows, in eval mode and unmixed; None: not measured"
+    gaps = [r.gap for r in self.runs if r.name==self.baseline and r.gap is not None]
+    return tuple(np.mean(gaps, 0).tolist()) if gaps else None
+
+@patch(as_prop=True)
+def memorises(self:Comparison)->bool:
+    "Is the baseline's validation loss at least twice (`MEMORISES`) its training loss?"
+    return self.gap is not None and self.gap[1]>0 and self.gap[1]>=MEMORISES*self.gap[0]
+
+# %% ../nbs/api/13_compare.ipynb #words
+def _number(v, unit):
+    "`v` down to the digit of `unit`"
+    return f'{v:.{max(0, min(6, -math.floor(math.log10(unit)))) if unit>0 else 1}f}'
 
 @patch(as_prop=True)
 def counts_errors(self:Comparison)->bool:
@@ -244,36 +184,23 @@ def counts_errors(self:Comparison)->bool:
 
 @patch
 def _interval(self:Comparison, name):
-    "The gain of a candidate in words, with its interval: 2.1 % fewer errors [1.2, 3.0]"
-    e,sign,times = self.effects[name],-1 if self.lower else 1,100 if self.counts_errors else 1
-    low,high = sorted((sign*times*e.low, sign*times*e.high))
-    gain = times*self.gain(name)
-    worse = gain<0
-    if worse: gain,low,high = -gain,-high,-low
-    unit = (high-low)/2 if high>low else abs(gain)/10
-    if self.counts_errors: unit = min(unit, .1)
-    words = f"% {'more' if worse else 'fewer'} errors" if self.counts_errors else ''
-    if not words: return f"{self.metric} {'lower' if worse!=self.lower else 'higher'} by {_number(gain, unit)}{_bracket(low, high, unit)}"
-    return f'{_number(gain, unit)} {words}{_bracket(low, high, unit)}'
+    "The difference of a candidate in words, with its interval: 2.1 % fewer errors [1.2, 3.0]"
+    e,times,worse = self.effects[name],100 if self.counts_errors else 1,self.gain(name)<0
+    low,high = (e.low, e.high) if e.mean>0 else (-e.high, -e.low)
+    size,low,high = abs(times*e.mean),times*low,times*high
+    unit = (high-low)/2 if high>low else size/10
+    if self.counts_errors:
+        unit = min(unit, .1)
+        return f"{_number(size, unit)} % {'more' if worse else 'fewer'} errors{_bracket(low, high, unit)}"
+    return f"{self.metric} {'higher' if e.mean>0 else 'lower'} by {_number(size, unit)}{_bracket(low, high, unit)}"
 
 def _bracket(low, high, unit): return '' if math.isnan(low) else f' [{_number(low, unit)}, {_number(high, unit)}]'
 
 @patch
 def _cost(self:Comparison, name):
-    if name not in self.costs: return ''
+    if not math.isfinite(self.costs.get(name, math.nan)): return ''
     pct = round(100*(self.costs[name]-1))
     return f', costs {pct} %' if pct>=1 else ', costs no time'
-
-@patch(as_prop=True)
-def gap(self:Comparison)->tuple|None:
-    "Mean losses of the baseline's runs on training and validation rows, in eval mode and unmixed; None where not measured"
-    gaps = [r.gap for r in self.runs if r.name==self.baseline and r.gap is not None]
-    return tuple(np.mean(gaps, 0).tolist()) if gaps else None
-
-@patch(as_prop=True)
-def memorises(self:Comparison)->bool:
-    "Is the baseline's validation loss at least twice (`MEMORISES`) its training loss?"
-    return self.gap is not None and self.gap[1]>0 and self.gap[1]>=MEMORISES*self.gap[0]
 
 @patch
 def _worth(self:Comparison):
@@ -287,15 +214,25 @@ def _none(self:Comparison):
     "Why no candidate is suggested"
     verdicts = {o: self.verdict(o) for o,e in self.effects.items() if e.n}
     if not verdicts: return 'no other candidate has finished a run with a seed that it finished'
-    if self.seeds<2 and UNSURE in verdicts.values(): return 'one seed gives no interval, so that nothing can be said; take two or more'
-    if UNSURE not in verdicts.values():
-        mild = max((o for o in verdicts if not math.isnan(self.effects[o].mean)), key=self.gain, default=None)
-        return 'every candidate diverged' if mild is None else f'every candidate is worse; the mildest, {mild}: {self._interval(mild)}'
-    if self.sd==0: return 'the differences are the same with every seed, so that their noise is not known'
+    if UNSURE not in verdicts.values(): return self._all_worse()
+    if max(e.n for e in self.effects.values())<2:
+        return 'one seed gives no interval, so nothing can be said; take two seeds or more'
+    if self.sd==0: return 'the differences are the same with every seed, so their noise is not known'
+    return 'no candidate is better than its noise; ' + self._seeds_in_words()
+
+@patch
+def _all_worse(self:Comparison):
+    mildest = max((o for o,e in self.effects.items() if math.isfinite(e.mean)), key=self.gain, default=None)
+    if mildest is None: return 'every candidate diverged'
+    return f'every candidate is worse; the mildest, {mildest}: {self._interval(mildest)}'
+
+@patch
+def _seeds_in_words(self:Comparison):
     worth,name = self._worth()
     n = self.needed(worth) if worth>0 else None
-    if n is not None and n<=self.seeds: return f'no candidate is better than its noise; a difference of {name} would have shown'
-    return f"no candidate is better than its noise; to see a difference of {name} you would need {f'about {n}' if n else 'more than 10,000'} seeds"
+    if n is None: return f'to see a difference of {name} you would need more than 10,000 seeds'
+    if n<=self.seeds: return f'a difference of {name} would have shown'
+    return f'to see a difference of {name} you would need about {n} seeds'
 
 @patch(as_prop=True)
 def conclusion(self:Comparison)->str:
@@ -311,54 +248,67 @@ def __str__(self:Comparison): return self.conclusion
 # %% ../nbs/api/13_compare.ipynb #table
 @patch(as_prop=True)
 def table(self:Comparison)->pd.DataFrame:
-    "One row for each candidate: means with standard deviations, difference, 95 % interval, p after Holm, time per step over the baseline's"
-    rows = {}
-    for o in self.names:
-        row = {}
-        for m in dict.fromkeys((self.metric, 'loss')):
-            v = [x for x in self.values(o, m).values() if not math.isnan(x)]
-            row |= {m: np.mean(v) if v else math.nan, f'{m} sd': np.std(v, ddof=1) if len(v)>1 else math.nan}
-        e = self.effects.get(o)
-        if e: row |= dict(difference=e.mean, low=e.low, high=e.high, p=self.ps[o], verdict=self.verdict(o))
-        rows[o] = row | dict(cost=self.costs.get(o, math.nan), runs=len(self.values(o)))
+    "One row for each candidate: means and deviations, difference, 95 % interval, p after Holm, cost, runs"
+    rows = {o: self._row(o) for o in self.names}
     cols = list(dict.fromkeys(k for r in rows.values() for k in r))
     known = [c for c in ('difference', 'low', 'high', 'p', 'verdict', 'cost', 'runs') if c in cols]
     return pd.DataFrame.from_dict(rows, 'index')[[c for c in cols if c not in known] + known]
+
+@patch
+def _row(self:Comparison, o):
+    row = {}
+    for m in self._measures():
+        v = [x for x in self.values(o, m).values() if math.isfinite(x)]
+        row |= {m: np.mean(v) if v else math.nan, f'{m} sd': np.std(v, ddof=1) if len(v)>1 else math.nan}
+    e = self.effects.get(o)
+    if e: row |= dict(difference=e.mean, low=e.low, high=e.high, p=self.ps[o], verdict=self.verdict(o))
+    return row | dict(cost=self.costs.get(o, math.nan), runs=len(self.values(o)))
+
+@patch
+def _measures(self:Comparison):
+    "The metric, and the loss if it was measured"
+    return [self.metric] + ['loss']*(self.metric!='loss' and any('loss' in r.curves for r in self.runs))
 
 def _mean_sd(mean, sd): return '' if math.isnan(mean) else f'{mean:.4g}' + ('' if math.isnan(sd) else f' ± {sd:.2g}')
 
 @patch(as_prop=True)
 def shown(self:Comparison)->pd.DataFrame:
     "`table` in words, as it is printed"
-    rows = []
-    for o,r in self.table.iterrows():
-        row = {'candidate': o} | {m: _mean_sd(r[m], r[f'{m} sd']) for m in dict.fromkeys((self.metric, 'loss')) if f'{m} sd' in r}
-        if self.effects:
-            base = o==self.baseline
-            row['difference, 95 % interval'] = '' if base else 'diverged' if math.isnan(r['difference']) else (
-                f"{r['difference']:+.2g}" + ('' if math.isnan(r['low']) else f" [{r['low']:+.2g}, {r['high']:+.2g}]"))
-            row['p (Holm)'] = '' if base or math.isnan(r['p']) else f"{r['p']:.2g}" if r['p']>=.001 else '< 0.001'
-            row['verdict'] = '' if base else r['verdict']
-        rows.append(row | {'time per step': '' if math.isnan(r['cost']) else f"{r['cost']:.2f}", 'runs': str(r['runs'])})
-    return pd.DataFrame(rows).set_index('candidate')
+    table = self.table
+    rows = {o: {m: _mean_sd(r[m], r[f'{m} sd']) for m in self._measures()} | self._difference(o) for o,r in table.iterrows()}
+    for o,r in table.iterrows():
+        rows[o] |= {'time per step': '' if math.isnan(r['cost']) else f"{r['cost']:.2f}", 'runs': str(r['runs'])}
+    return pd.DataFrame.from_dict(rows, 'index').rename_axis('candidate')
+
+@patch
+def _difference(self:Comparison, o):
+    "The cells of a candidate that compare it with the baseline"
+    heads = 'difference, 95 % interval','p (Holm)','verdict'
+    if not self.effects: return {}
+    if o==self.baseline: return dict.fromkeys(heads, '')
+    e,p = self.effects[o],self.ps[o]
+    words = f'{e.mean:+.2g}' + ('' if math.isnan(e.low) else f' [{e.low:+.2g}, {e.high:+.2g}]')
+    words = words if math.isfinite(e.mean) else 'diverged' if e.n else ''
+    return dict(zip(heads, (words, '' if math.isnan(p) else f'{p:.2g}' if p>=.001 else '< 0.001', self.verdict(o))))
 
 @patch(as_prop=True)
 def remarks(self:Comparison)->list:
     "What belongs beside the table: what these seeds could see, the gap between the losses, and the notes"
     out = []
     if not math.isnan(self.detectable):
-        small = f'{100*self.detectable:.2g} % of errors' if self.counts_errors else f'{self.detectable:.2g} of {self.metric}'
+        small = f'{100*self.detectable:.2g} %' if self.counts_errors else f'{self.detectable:.2g} of {self.metric}'
         out.append(f'{self.seeds} seeds show a true difference of {small} or more with a chance of 80 %.')
     if self.gap:
-        out.append(f'{self.baseline}: loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows, both in eval mode and unmixed.')
+        losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'
+        out.append(f'{self.baseline}: {losses}, both in eval mode and unmixed.')
     return out + self.notes
 
 @patch
-def __repr__(self:Comparison): return '\n'.join([self.conclusion, '', self.shown.reset_index().to_string(index=False), *self.remarks])
+def __repr__(self:Comparison):
+    return '\n'.join([self.conclusion, '', self.shown.reset_index().to_string(index=False), *self.remarks])
 
 @patch
 def _repr_html_(self:Comparison):
-    from html import escape
     table = self.shown.rename_axis(None).to_html(border=0)
     return f"<p><strong>{escape(self.conclusion)}</strong></p>{table}" + ''.join(f'<p>{escape(o)}</p>' for o in self.remarks)
 
@@ -372,19 +322,29 @@ def _quiet(ax):
     for o in ax.spines.values(): o.set_color('#808080')
     for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color('#808080')
 
-@patch
-def _forest(self:Comparison, ax):
-    "Differences with their intervals, in three bands"
-    order = sorted(self.effects, key=lambda o: (list(_colours).index(self.verdict(o)), -self.gain(o)))
+def plot_forest(
+    ax, # matplotlib axes
+    effects:dict, # Label → `Effect`
+    verdicts:dict # Label → verdict
+):
+    "Differences with their 95 % intervals, in three bands: clear gain, can't tell, clear loss"
+    order = sorted(effects, key=lambda o: list(_colours).index(verdicts[o]))
     for y,o in enumerate(order):
-        e,colour = self.effects[o],_colours[self.verdict(o)]
+        e,colour = effects[o],_colours[verdicts[o]]
         ax.axhspan(y-.5, y+.5, color=colour, alpha=.08, lw=0)
         if e.n>1: ax.plot([e.low, e.high], [y, y], color=colour, lw=2)
         ax.plot(e.mean, y, 'o', color=colour)
     ax.axvline(0, color='#808080', lw=1)
-    ax.set_yticks(range(len(order)), [f'{o}\n{self.verdict(o)}' for o in order])
+    ax.set_yticks(range(len(order)), [f'{o}\n{verdicts[o]}' for o in order])
     ax.set_ylim(len(order)-.5, -.5)
-    ax.set(xlabel='← better' if self.lower else 'better →', title=f'{self.metric}: difference to {self.baseline}, 95 % interval')
+    _quiet(ax)
+
+@patch
+def _forest(self:Comparison, ax):
+    order = sorted(self.effects, key=self.gain, reverse=True)
+    plot_forest(ax, {o: self.effects[o] for o in order}, {o: self.verdict(o) for o in order})
+    title = f'{self.metric}: difference to {self.baseline}, 95 % interval'
+    ax.set(xlabel='← better' if self.lower else 'better →', title=title)
 
 @patch
 def _lines(self:Comparison, ax):
@@ -402,7 +362,8 @@ def _lines(self:Comparison, ax):
 @patch
 def plot(self:Comparison)->Figure:
     "The differences with their intervals in three bands, and the learning curves where runs have several epochs"
-    parts = [self._forest]*bool(self.effects) + [self._lines]*any(len(r.curves.get(self.metric, ()))>1 for r in self.runs)
+    curves = any(len(r.curves.get(self.metric, ()))>1 for r in self.runs)
+    parts = [self._forest]*bool(self.effects) + [self._lines]*curves
     fig = Figure(figsize=(5.5*max(len(parts), 1), 3.6), layout='constrained', facecolor='none')
     for f,ax in zip(parts, fig.subplots(1, max(len(parts), 1), squeeze=False)[0]):
         f(ax)
