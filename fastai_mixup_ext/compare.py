@@ -39,9 +39,9 @@ class Run:
 _errors = 'accuracy accuracy_multi error_rate foreground_acc mixed_accuracy top_k_accuracy'.split()
 _lower = 'loss error_rate rmse exp_rmspe mse mae msle perplexity brier_score_loss hamming_loss'.split()
 _higher = """accuracy accuracy_multi top_k_accuracy mixed_accuracy balanced_accuracy_score foreground_acc
-    dice dice_multi jaccard_coeff jaccard_coeff_multi jaccard_score f1_score fbeta_score precision_score recall_score roc_auc_score
-    average_precision_score cohen_kappa_score matthews_corrcoef explained_variance_score r2_score pearsonr spearmanr
-    corpus_bleu""".split()
+    dice dice_multi jaccard_coeff jaccard_coeff_multi jaccard_score f1_score fbeta_score precision_score recall_score
+    roc_auc_score average_precision_score cohen_kappa_score matthews_corrcoef
+    explained_variance_score r2_score pearsonr spearmanr corpus_bleu""".split()
 
 def is_lower_better(
     measure:str # The name of a loss or metric, as fastai's table of results has it
@@ -50,7 +50,7 @@ def is_lower_better(
     name = measure.lstrip('_')
     if name in _lower: return True
     if name in _higher: return False
-    raise ValueError(f"metric {measure!r} is none of fastai's own, so nobody knows whether lower or higher is better; "
+    raise ValueError(f"metric {measure!r} is none of fastai's own, so it is unknown whether lower or higher is better; "
         "pass lower_is_better=True or False")
 
 # %% ../nbs/api/13_compare.ipynb #comparison
@@ -275,9 +275,10 @@ def _mean_sd(mean, sd): return '' if math.isnan(mean) else f'{mean:.4g}' + ('' i
 def shown(self:Comparison)->pd.DataFrame:
     "`table` in words, as it is printed"
     table = self.table
-    rows = {o: {m: _mean_sd(r[m], r[f'{m} sd']) for m in self._measures()} | self._difference(o) for o,r in table.iterrows()}
+    rows = {o: {m: _mean_sd(r[m], r[f'{m} sd']) for m in self._measures()} for o,r in table.iterrows()}
     for o,r in table.iterrows():
-        rows[o] |= {'time per step': '' if math.isnan(r['cost']) else f"{r['cost']:.2f}", 'runs': str(r['runs'])}
+        cost = '' if math.isnan(r['cost']) else f"{r['cost']:.2f}"
+        rows[o] |= self._difference(o) | {'time per step': cost, 'runs': str(r['runs'])}
     return pd.DataFrame.from_dict(rows, 'index').rename_axis('candidate')
 
 @patch
@@ -310,7 +311,8 @@ def __repr__(self:Comparison):
 @patch
 def _repr_html_(self:Comparison):
     table = self.shown.rename_axis(None).to_html(border=0)
-    return f"<p><strong>{escape(self.conclusion)}</strong></p>{table}" + ''.join(f'<p>{escape(o)}</p>' for o in self.remarks)
+    remarks = ''.join(f'<p>{escape(o)}</p>' for o in self.remarks)
+    return f'<p><strong>{escape(self.conclusion)}</strong></p>{table}{remarks}'
 
 # %% ../nbs/api/13_compare.ipynb #plot
 _colours = {GAIN:'#2a9d6f', UNSURE:'#8a8a8a', LOSS:'#d1495b'}

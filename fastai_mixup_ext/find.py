@@ -17,6 +17,10 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
+from .callback import MixCallback
+from .compare import Comparison, Run, is_lower_better
+from .recipes import Recipe, cutmix, mixup, one_of
+from .trials import Trials, copied, shared
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
@@ -27,27 +31,25 @@ from fastai.torch_core import find_bs, get_random_states, num_distrib, set_rando
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
-from .callback import MixCallback
-from .compare import Comparison, Run, is_lower_better
-from .recipes import Recipe, cutmix, mixup, one_of
-from .trials import Trials, copied, shared
 
 # %% auto #0
 __all__ = ['STEPS', 'ROUNDS', 'as_candidates', 'default_candidates', 'SameDraws', 'compare_fits']
 
 # %% ../nbs/api/15_find.ipynb #candidates
-_defaults = r', weights=\[1\.0(, 1\.0)*\]|, per_row=False|\b(alpha|recipe|scale)='  # in a recipe's repr, not in its name
+# what a recipe's repr has and its name has not
+_defaults = r', weights=\[1\.0(, 1\.0)*\]|, per_row=False|\b(alpha|recipe|scale)='
 
 def _name(o):
     "What a candidate is called: `mixup(0.2)`, `MixUp`, `none`"
-    if isinstance(o, MixCallback): o = o.recipe
+    o = o.recipe if isinstance(o, MixCallback) else o
     if isinstance(o, Recipe): return re.sub(_defaults, '', repr(o))
     return o.__name__ if isinstance(o, type) else type(o).__name__
 
 def _parts(name, o):
     "The recipes and callbacks of one candidate, as a list"
     parts = list(o) if isinstance(o, (list, tuple, L)) else [] if o is None else [o]
-    bad = [p for p in parts if not isinstance(p, (Recipe, Callback)) and not (isinstance(p, type) and issubclass(p, Callback))]
+    def good(p): return isinstance(p, (Recipe, Callback)) or (isinstance(p, type) and issubclass(p, Callback))
+    bad = [p for p in parts if not good(p)]
     if not bad: return parts
     raise TypeError(f"candidate {name!r} has {bad[0]!r}; it must be a recipe such as mixup(.4), a callback, "
         "a list of these, or None for plain training")
@@ -59,7 +61,7 @@ def as_candidates(
     if isinstance(candidates, (Recipe, Callback, type)): candidates = [candidates]
     if isinstance(candidates, Mapping): found = {str(k): _parts(k, v) for k,v in candidates.items()}
     elif isinstance(candidates, (list, tuple, L)): found = _by_name([_parts(o, o) for o in candidates])
-    else: raise TypeError(f"candidates={candidates!r} must be a list of recipes and callbacks, or a dict of them by name")
+    else: raise TypeError(f"candidates={candidates!r} must be a list of recipes or callbacks, or a dict of these")
     base = next((k for k,v in found.items() if not v), None) or _free('none', found)
     found = {base: []} | found
     if len(found)>1: return found
@@ -125,7 +127,8 @@ class _Watch(Callback):
         rec = self.learn.recorder
         if rec.cancel_valid: return
         for name,v in zip(rec.metric_names[1:], rec.log[1:]):
-            if not name.startswith('train_') and _is_number(v): self.curves.setdefault(_plain_name(name), []).append(float(v))
+            if name.startswith('train_') or not _is_number(v): continue
+            self.curves.setdefault(_plain_name(name), []).append(float(v))
         self.tell()
 
 # %% ../nbs/api/15_find.ipynb #gap
@@ -253,7 +256,7 @@ def _metric(learn, metric, lower):
     elif not isinstance(metric, str): metric = mk_metric(metric).name
     metric = metric.removeprefix('valid_').lstrip('_')
     if metric not in (*names, 'loss'):
-        raise ValueError(f"metric={metric!r} is not measured; it must be 'loss' or one of the learner's metrics, {names}")
+        raise ValueError(f"metric={metric!r} is not measured; it must be 'loss' or a metric of the learner, {names}")
     return metric, is_lower_better(metric) if lower is None else lower
 
 def _check_learner(learn):
@@ -318,7 +321,7 @@ class _Plan:
             for name,parts in candidates.items():
                 progress.start(name, seed)
                 yield _train(make(seed), name, parts, seed, self._fit, progress.after_epoch)
-                gc.collect()  # learners and their callbacks hold one another, and with them the optimizer's memory
+                if torch.cuda.is_available(): gc.collect()  # a learner and its callbacks hold each other, and memory
                 progress.finish()
 
 def _finished(plan, make, candidates, progress):

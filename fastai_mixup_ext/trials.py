@@ -6,12 +6,14 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/trials.html.md"""
 
 # %% ../nbs/api/14_trials.ipynb #imports
 from __future__ import annotations
-import copy, random
+import random
 from collections.abc import Mapping
+from copy import copy, deepcopy
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from .callback import MixCallback
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
@@ -21,7 +23,6 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_basics import Pipeline, noop
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.foundation import L
-from .callback import MixCallback
 
 # %% auto #0
 __all__ = ['find_generators', 'Generators', 'Kept', 'shared', 'copied', 'Trials']
@@ -106,8 +107,10 @@ class Kept:
     "What runs share with a learner, to be put back: model, loss, loaders, their generators, the global random states"
     def __init__(self, learn:Learner):
         modules = _modules(learn)
-        self.objects = [_Object(o) for o in _once([*modules, *_loaders(learn.dls), learn.loss_func]) if hasattr(o, '__dict__')]
-        self.tensors = [_Values(t) for t in _once(t for m in modules for d in (m._parameters, m._buffers) for t in d.values())]
+        objects = _once([*modules, *_loaders(learn.dls), learn.loss_func])
+        tensors = _once(t for m in modules for d in (m._parameters, m._buffers) for t in d.values())
+        self.objects = [_Object(o) for o in objects if hasattr(o, '__dict__')]
+        self.tensors = [_Values(t) for t in tensors]
         self.generators = Generators(find_generators([learn.dls, *map(vars, modules)]))
         self.random = get_random_states()
 
@@ -135,7 +138,7 @@ def copied(
     "A copy of `o`; that of a callback belongs to no learner yet"
     memo,old = dict(memo),getattr(o, 'learn', None) if isinstance(o, Callback) else None
     if old is not None: memo.setdefault(id(old), old)
-    try: new = copy.deepcopy(o, memo)
+    try: new = deepcopy(o, memo)
     except Exception as e:
         raise TypeError(f"{o!r} can't be copied for the comparison ({e}); "
             "remove it from the learner, or from the candidates") from e
@@ -164,7 +167,7 @@ class Trials:
 
     def new(self)->Learner:
         "A learner with copies of the callbacks, without those that mix, save, report or show progress"
-        learn,new = self.learn,copy.copy(self.learn)
+        learn,new = self.learn,copy(self.learn)
         memo = shared(learn) | {id(learn): new}
         for cb in learn.cbs: vars(new).pop(cb.name, None)
         new.cbs,new.opt,new.logger,new.create_mbar = L(),None,noop,False

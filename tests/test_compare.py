@@ -27,9 +27,13 @@ from sklearn.datasets import load_digits, load_wine
 from torch import nn
 
 from fastai_mixup_ext import MixCallback, MixUpCallback, cutmix, mixup, one_of
+from fastai_mixup_ext import find
 from fastai_mixup_ext.compare import GAIN, LOSS, UNSURE, Comparison, Run, is_lower_better
 from fastai_mixup_ext.effects import holm, paired, power, seeds_needed, smallest_effect
 from fastai_mixup_ext.find import as_candidates, compare_fits, default_candidates
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch): monkeypatch.setattr(find, 'ROUNDS', 1)  # of the measurement of costs
 
 # Statistics
 
