@@ -1,4 +1,5 @@
 "mixup and its family for any fastai `Learner`: any data, any loss, exact"
+import warnings
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -16,8 +17,10 @@ __all__ = list(_module)
 
 def __getattr__(name):
     if name not in _module: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in _patches if _module[name]=='callback' else (): import_module(f'.{module}', __name__)
-    value = globals()[name] = getattr(import_module(f'.{_module[name]}', __name__), name)
+    with warnings.catch_warnings():  # of fastai's own imports, which nobody who uses this package can change
+        warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)
+        for module in _patches if _module[name]=='callback' else (): import_module(f'.{module}', __name__)
+        value = globals()[name] = getattr(import_module(f'.{_module[name]}', __name__), name)
     return value
 
 def __dir__(): return [*globals(), *__all__]
