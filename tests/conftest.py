@@ -14,6 +14,8 @@ settings.load_profile('project')
 
 # with nbdev 2: the notebooks and the code; package, README and site are made with nbdev 3
 collect_ignore = [f'test_{o}.py' for o in ('api_surface', 'package', 'readme', 'release', 'site') if version('nbdev')<'3']
+# other people's libraries, in an environment of their own: `.ci/run clients`
+collect_ignore += ['clients']
 
 @pytest.fixture(autouse=True)
 def seed(): set_seed(42)
