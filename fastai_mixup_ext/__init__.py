@@ -7,9 +7,10 @@ _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
     'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until',
-    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy'}
+    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy',
+    'compare': 'Comparison', 'find': 'compare_fits'}
 _module = {name: module for module, names in _where.items() for name in names.split()}
-_patches = 'show',  # what a callback brings along: methods of the learner
+_patches = 'show','find'  # what a callback brings along: methods of the learner
 
 __all__ = list(_module)
 
