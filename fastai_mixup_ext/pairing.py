@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from numbers import Real
 import torch
 from torch import Generator, Tensor
-from .mix import _is_dense, _plain
+from .tensors import is_dense, is_sequence, plain
 
 # %% auto #0
-__all__ = ['shuffled', 'deranged', 'within_class', 'across_class', 'by_target_distance']
+__all__ = ['shuffled', 'uniform', 'deranged', 'within_class', 'across_class', 'by_target_distance']
 
 # %% ../nbs/api/02_pairing.ipynb #shuffled
 def shuffled(
@@ -23,9 +23,13 @@ def shuffled(
 )->Tensor: # (n,) int64, a permutation
     "A random permutation of the rows: the paper's pairing"
     if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(x.shape[0], device=x.device, generator=generator)
-    return _uniform((len(x),), x.device, generator).argsort()
+    return uniform((len(x),), x.device, generator).argsort()
 
-def _uniform(size, device, generator):
+def uniform(
+    size:tuple, # Shape of the result
+    device:torch.device|str,
+    generator:Generator|None=None # On `device`; None: torch's global generator
+)->Tensor: # float32
     "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` it can't be compiled for batches of any size"
     return torch.empty(size, device=device, dtype=torch.float32).uniform_(generator=generator)
 
@@ -42,9 +46,9 @@ def deranged(
 # %% ../nbs/api/02_pairing.ipynb #labels
 def _targets(x, yb, ok):
     "The targets of the rows of `x` that are `ok`, as plain tensors"
-    if not isinstance(yb, (tuple, list)): yb = (yb,)
-    def fits(y): return isinstance(y, Tensor) and _is_dense(y) and y.dim()>0 and len(y)==len(x)
-    return [_plain(y) for y in yb if fits(y) and ok(y)]
+    if not is_sequence(yb): yb = (yb,)
+    def fits(y): return isinstance(y, Tensor) and is_dense(plain(y)) and y.dim()>0 and len(y)==len(x)
+    return [plain(y) for y in yb if fits(y) and ok(y)]
 
 def _labels(x, yb, policy):
     found = _targets(x, yb, lambda y: y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()))
@@ -78,7 +82,7 @@ def across_class(
     y = _labels(x, yb, 'across_class')
     if not len(x): return shuffled(x)
     other = y[:,None] != y
-    score = _uniform(other.shape, x.device, generator).masked_fill(~other, -1)
+    score = uniform(other.shape, x.device, generator).masked_fill(~other, -1)
     return torch.where(other.any(1), score.argmax(1), torch.arange(len(x), device=x.device))
 
 # %% ../nbs/api/02_pairing.ipynb #distance
@@ -103,5 +107,5 @@ class by_target_distance:
         y = found[0].reshape(len(x), -1)
         if y.dtype!=torch.float64: y = y.float()
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
-        noise = _uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
+        noise = uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
         return (log_p - (-noise.log()).log()).argmax(1)

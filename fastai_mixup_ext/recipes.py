@@ -8,42 +8,17 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/recipes.html.md"""
 from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 import torch
 from torch import Generator, Tensor
-from .mix import Mix, _is_dense
-from .pairing import _uniform, shuffled
+from .mix import Mix
+from .pairing import shuffled, uniform
 from .schedules import check_value, value_at
+from .tensors import is_dense, plain
 
 # %% auto #0
-__all__ = ['Recipe', 'draw_beta', 'mixup', 'cutmix', 'resizemix', 'fmix', 'per_batch', 'one_of']
-
-# %% ../nbs/api/04_recipes.ipynb #recipe
-class Recipe:
-    "Draws a `Mix`; to write one, define `draw`"
-    def draw(self, x, progress, generator):
-        "`lam` (n,), and for the cut methods `mask` and `box` as `Mix` takes them, for the n rows of `x`"
-        raise NotImplementedError(f"{type(self).__name__} must define draw(self, x, progress, generator)")
-
-    def active(self, progress)->bool:
-        "Does it mix at all at this point of training?"
-        return True
-
-    def __call__(self,
-        x:Tensor, # (n, ...) the inputs
-        yb:Tensor|tuple=(), # Their targets; only some policies look at them
-        *,
-        pair:Callable=shuffled, # Pairing policy
-        progress:float=0., # Fraction of training done, for schedules
-        generator:Generator|None=None # On `x`'s device; None: torch's global generator
-    )->Mix:
-        "Draw the shares first, then the partners"
-        if not isinstance(x, Tensor) or x.dim()==0 or not _is_dense(x):
-            got = f"one with layout {x.layout} and {x.dim()} axes" if isinstance(x, Tensor) else repr(x)
-            raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {got}")
-        where = self.draw(x, progress, generator)
-        return Mix(pair(x, yb, generator), *(where if isinstance(where, tuple) else (where,)))
+__all__ = ['draw_beta', 'Batch', 'Recipe', 'mixup', 'cutmix', 'resizemix', 'fmix', 'one_of', 'per_batch']
 
 # %% ../nbs/api/04_recipes.ipynb #beta
 def draw_beta(
@@ -54,43 +29,115 @@ def draw_beta(
 )->Tensor: # (n,) float32 in [0,1]
     "Draws from Beta(alpha, alpha), right for every `alpha > 0`"
     if torch.device(device).type=='cpu' and alpha>=.01 and not torch.compiler.is_compiling():
-        return torch._sample_dirichlet(torch.full((n,2), alpha, dtype=torch.float32, device='cpu'), generator=generator)[:,0]
-    u,v = _uniform((2, n), device, generator)
-    c = torch.cos(2*math.pi*v)
+        pairs = torch.full((n,2), alpha, dtype=torch.float32, device='cpu')
+        return torch._sample_dirichlet(pairs, generator=generator)[:,0]
+    u,v = uniform((2, n), device, generator)
+    c = torch.cos(2*math.pi*v)  # Bailey's method, see the formula above
     return .5 + .5*c.sign()*torch.rsqrt(1 + 1/(torch.expm1(-u.log()/alpha)*c*c))
+
+# %% ../nbs/api/04_recipes.ipynb #batch
+class Batch:
+    "What a recipe may look at, and what it draws with"
+    def __init__(self,
+        x:Tensor, # (n, ...) the first input, or the output of the module that is mixed at
+        yb:Tensor|Sequence=(), # The targets, n rows each
+        *,
+        pair:Callable=shuffled, # Pairing policy
+        progress:float=0., # Fraction of training done, 0 to 1
+        generator:Generator|None=None # On `x`'s device; None: torch's global generator
+    ): self.x,self.yb,self.pair,self.progress,self.generator,self._partner = x,yb,pair,progress,generator,None
+
+    def __len__(self): return self.x.shape[0]
+
+    @property
+    def device(self)->torch.device: return self.x.device
+
+    @property
+    def partner(self)->Tensor: # (n,) int64
+        "Each row's partner, drawn by the pairing policy when first read"
+        if self._partner is None: self._partner = self.pair(self.x, self.yb, self.generator)
+        return self._partner
+
+    def beta(self, alpha:float, n:int|None=None)->Tensor: # (n,) float32; `n`: a draw for each row
+        "Draws from Beta(alpha, alpha); ones for `alpha=0`"
+        n = len(self) if n is None else n
+        return draw_beta(n, alpha, self.device, self.generator) if alpha>0 else torch.ones(n, device=self.device)
+
+    def uniform(self, *size:int)->Tensor:
+        "Uniform numbers in [0,1), float32, on the batch's device"
+        return uniform(size, self.device, self.generator)
+
+    def sizes(self, name:str='this recipe')->tuple:
+        "The sizes of the axes behind the channels; a ValueError that names the recipe, if there are none"
+        if self.x.dim()>2 and 0 not in self.x.shape[2:]: return self.x.shape[2:]
+        raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(self.x.shape)}; "
+            "use mixup for it")
+
+# %% ../nbs/api/04_recipes.ipynb #recipe
+class Recipe:
+    "Draws a `Mix`; to write one, define `draw`"
+    def draw(self, batch:Batch)->Mix:
+        "The mix of a batch"
+        raise NotImplementedError(f"{type(self).__name__} must define draw(self, batch) and return a Mix")
+
+    def active(self, progress:float)->bool:
+        "Does it mix at all at this point of training?"
+        return True
+
+    def chosen(self,
+        progress:float, # Fraction of training done
+        generator:Generator|None=None # On the CPU; None: torch's global generator
+    )->Recipe:
+        "The recipe for one batch, chosen on the host before anything is drawn: itself, unless it is a choice"
+        return self
+
+    def __call__(self,
+        x:Tensor, # (n, ...) the inputs
+        yb:Tensor|Sequence=(), # Their targets; only some policies and recipes look at them
+        *,
+        pair:Callable=shuffled, # Pairing policy
+        progress:float=0., # Fraction of training done, for schedules
+        generator:Generator|None=None # On `x`'s device; None: torch's global generator
+    )->Mix:
+        "The mix for `x`"
+        if not isinstance(x, Tensor) or x.dim()==0 or not is_dense(plain(x)):
+            got = f"one with layout {x.layout} and {x.dim()} axes" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {got}")
+        host = generator if generator is not None and generator.device.type=='cpu' else None
+        return self.chosen(progress, host).checked_draw(Batch(x, yb, pair=pair, progress=progress, generator=generator))
+
+    def checked_draw(self, batch:Batch)->Mix:
+        "`draw`, with a TypeError if that is no mix of the batch's rows"
+        mix = self.draw(batch)
+        if not isinstance(mix, Mix) or len(mix)!=len(batch):
+            got = f"a mix of {len(mix)} rows" if isinstance(mix, Mix) else f"a {type(mix).__name__}"
+            raise TypeError(f"{type(self).__name__}.draw returned {got}; "
+                f"it must return a Mix of the batch's {len(batch)} rows: Mix(batch.partner, lam)")
+        return mix
 
 # %% ../nbs/api/04_recipes.ipynb #mixup
 @dataclass(frozen=True)
 class mixup(Recipe):
-    "Every value interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha), one per row ([paper](https://arxiv.org/abs/1710.09412))"
+    "Values interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha), for each row ([paper](https://arxiv.org/abs/1710.09412))"
     alpha:float|Callable=.4 # >= 0, or a function of the fraction of training done; 0: off
 
     def __post_init__(self): check_value('alpha', self.alpha)
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
 
-    def draw(self, x, progress, generator):
-        alpha = value_at('alpha', self.alpha, progress)
-        if alpha==0: return torch.ones(len(x), device=x.device)
-        lam = draw_beta(x.shape[0], alpha, x.device, generator)
-        return torch.maximum(lam, torch.rsub(lam, 1))  # 1-lam, without the way through Python's operators
+    def draw(self, batch):
+        lam = batch.beta(value_at('alpha', self.alpha, batch.progress))
+        return Mix(batch.partner, torch.maximum(lam, torch.rsub(lam, 1)))  # 1-lam, past Python's operators
 
 # %% ../nbs/api/04_recipes.ipynb #boxes
-def _sizes(x, name):
-    "The spatial sizes of `x`"
-    if x.dim()<3 or 0 in x.shape[2:]:
-        raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(x.shape)}; "
-            "use mixup for it")
-    return x.shape[2:]
-
-def _outside(lo, hi, sizes):
-    "`lam` and `mask` of a box per row; `lo`, `hi`: for each axis (n,), the box is `lo <= position < hi`"
-    outside,area = None,1
+def _boxes(batch, lo, hi, box=None):
+    "The mix of a box per row; `lo`, `hi`: for each axis (n,), the box is `lo <= position < hi`"
+    outside,area,sizes = None,1,batch.sizes()
     for i,(a,b,s) in enumerate(zip(lo, hi, sizes)):
         pos = torch.arange(s, device=a.device)
         axis = ((pos<a[:,None]) | (pos>=b[:,None])).view(len(a), 1, *[s if i==j else 1 for j in range(len(sizes))])
         outside = axis if outside is None else _either(outside, axis)
         area = (b-a)*area
-    return 1-area.float()/math.prod(sizes), outside
+    return Mix(batch.partner, 1-area.float()/math.prod(sizes), outside, box)
 
 def _either(a, b):
     "`a | b`; not compiled, bytes are quicker"
@@ -105,42 +152,43 @@ class cutmix(Recipe):
     def __post_init__(self): check_value('alpha', self.alpha)
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
 
-    def draw(self, x, progress, generator):
-        sizes,alpha = _sizes(x, 'cutmix'),value_at('alpha', self.alpha, progress)
-        lam = draw_beta(len(x), alpha, x.device, generator) if alpha>0 else torch.ones(len(x), device=x.device)
-        side,centre = (1-lam)**(1/len(sizes)),_uniform((len(x), len(sizes)), x.device, generator)
+    def draw(self, batch):
+        sizes,lam = batch.sizes('cutmix'),batch.beta(value_at('alpha', self.alpha, batch.progress))
+        side,centre = (1-lam)**(1/len(sizes)),batch.uniform(len(batch), len(sizes))
         lo,hi = [],[]
         for i,s in enumerate(sizes):
             size = (side*s).long()
             start = (centre[:,i]*s).long() - size//2
             lo.append(start.clamp(min=0))
             hi.append((start+size).clamp(max=s))
-        return _outside(lo, hi, sizes)
+        return _boxes(batch, lo, hi)
 
 # %% ../nbs/api/04_recipes.ipynb #resizemix
 @dataclass(frozen=True)
 class resizemix(Recipe):
     "The partner, shrunk by tau ~ U(scale), in a box inside the picture ([paper](https://arxiv.org/abs/2012.11101))"
-    scale:tuple[float,float]=(.1,.8) # Smallest and largest side of the box, as fractions of the picture's; 0 < low <= high <= 1
+    scale:tuple[float,float]=(.1,.8) # Smallest and largest side, as fractions of the picture's; 0 < low <= high <= 1
 
     def __post_init__(self):
         s = self.scale
         if not (isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s) and 0<s[0]<=s[1]<=1):
             raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
 
-    def draw(self, x, progress, generator):
-        sizes,(lo,hi) = _sizes(x, 'resizemix'),self.scale
-        r = _uniform((len(x), len(sizes)+1), x.device, generator)
+    def draw(self, batch):
+        sizes,(lo,hi) = batch.sizes('resizemix'),self.scale
+        if len(sizes)>3:
+            raise ValueError(f"resizemix shrinks one to three axes, but x has shape {tuple(batch.x.shape)}; use cutmix")
+        r = batch.uniform(len(batch), len(sizes)+1)
         tau = lo+(hi-lo)*r[:,0]
         size = [(tau*s).round().long().clamp(1, s) for s in sizes]
         start = [(r[:,i+1]*(s-z+1)).long().clamp(max=s-1) for i,(s,z) in enumerate(zip(sizes, size))]
         box = torch.stack([torch.stack([t/s for t,s in zip(o, sizes)], 1) for o in (start, size)], 1)
-        return *_outside(start, [a+z for a,z in zip(start, size)], sizes), box
+        return _boxes(batch, start, [a+z for a,z in zip(start, size)], box)
 
 # %% ../nbs/api/04_recipes.ipynb #fmix
 @dataclass(frozen=True)
 class fmix(Recipe):
-    "A random blob of the partner, one for the batch; its area is 1-B, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/2002.12047))"
+    "A blob of the partner, one for the batch, its area 1-B, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/2002.12047))"
     alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
     decay:float=3. # How fast high frequencies fade, as frequency**-decay; larger is smoother
 
@@ -151,38 +199,21 @@ class fmix(Recipe):
 
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
 
-    def draw(self, x, progress, generator):
-        sizes,alpha = _sizes(x, 'fmix'),value_at('alpha', self.alpha, progress)
-        lam = draw_beta(1, alpha, x.device, generator) if alpha>0 else torch.ones(1, device=x.device)
-        noise = _low_noise(sizes, self.decay, x.device, generator).flatten()
+    def draw(self, batch):
+        sizes,lam = batch.sizes('fmix'),batch.beta(value_at('alpha', self.alpha, batch.progress), 1)
+        noise = _low_noise(sizes, self.decay, batch).flatten()
         keep = (lam*len(noise)).round()
-        ranks = torch.arange(len(noise), device=x.device)
+        ranks = torch.arange(len(noise), device=batch.device)
         mask = torch.empty_like(noise, dtype=torch.bool).scatter_(0, noise.argsort(descending=True), ranks<keep)
-        return (keep/len(noise)).expand(len(x)), mask.view(1, 1, *sizes)
+        return Mix(batch.partner, (keep/len(noise)).expand(len(batch)), mask.view(1, 1, *sizes))
 
-# %% ../nbs/api/04_recipes.ipynb #noise
-def _low_noise(sizes, decay, device, generator):
+def _low_noise(sizes, decay, batch):
     "White noise over `sizes` whose amplitudes fall as frequency**-decay"
-    freqs = [torch.fft.fftfreq(s, device=device) for s in sizes[:-1]] + [torch.fft.rfftfreq(sizes[-1], device=device)]
+    freqs = [torch.fft.fftfreq(s, device=batch.device) for s in sizes[:-1]]
+    freqs.append(torch.fft.rfftfreq(sizes[-1], device=batch.device))
     f = sum(g.square() for g in torch.meshgrid(*freqs, indexing='ij')).sqrt().clamp(min=1/max(sizes))
-    white = torch.empty(*f.shape, 2, device=device).normal_(generator=generator)
-    return torch.fft.irfftn(torch.view_as_complex(white)*f**-decay, s=tuple(sizes))
-
-# %% ../nbs/api/04_recipes.ipynb #per-batch
-@dataclass(frozen=True)
-class per_batch(Recipe):
-    "What `recipe` draws for one row, for all rows"
-    recipe:Recipe # Any recipe
-
-    def __post_init__(self):
-        if not isinstance(self.recipe, Recipe): raise TypeError(f"per_batch({self.recipe!r}) needs a recipe, such as per_batch(mixup(.4))")
-
-    def active(self, progress): return self.recipe.active(progress)
-
-    def draw(self, x, progress, generator):
-        where = self.recipe.draw(x[:1], progress, generator)
-        lam,*where = where if isinstance(where, tuple) else (where,)
-        return lam.expand(len(x)), *where
+    white = torch.empty(tuple(sizes), device=batch.device, dtype=torch.float32).normal_(generator=batch.generator)
+    return torch.fft.irfftn(torch.fft.rfftn(white)*f**-decay, s=tuple(sizes))
 
 # %% ../nbs/api/04_recipes.ipynb #one-of
 class one_of(Recipe):
@@ -190,7 +221,7 @@ class one_of(Recipe):
     def __init__(self,
         *recipes:Recipe, # Two or more
         weights:Sequence|None=None, # One number or schedule >= 0 per recipe, not all 0; None: all alike
-        per_row:bool=False # Choose for every row?
+        per_row:bool=False # Choose for every row? All recipes are then drawn and merged, which costs several times as much
     ):
         weights = [1.]*len(recipes) if weights is None else weights
         if len(recipes)<2 or not all(isinstance(r, Recipe) for r in recipes):
@@ -198,41 +229,92 @@ class one_of(Recipe):
         if not isinstance(weights, Sequence): raise TypeError(f"weights={weights!r} must be a sequence with one entry for each recipe")
         if len(weights)!=len(recipes):
             raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")
-        self.recipes,self.weights,self.per_row = recipes,[check_value('weight', w) for w in weights],per_row
+        self.recipes,self.weights,self.per_row = recipes,tuple(check_value('weight', w) for w in weights),per_row
         if not any(callable(w) or w>0 for w in weights): raise ValueError(f"weights={weights!r} must not all be 0")
 
-    def __repr__(self): return f"one_of({', '.join(map(repr, self.recipes))}, weights={self.weights}, per_row={self.per_row})"
-    def active(self, progress): return any(w>0 and r.active(progress) for w,r in zip(self._now(progress), self.recipes))
-    def _now(self, progress): return [value_at('weight', w, progress) for w in self.weights]
+    def __repr__(self):
+        return f"one_of({', '.join(map(repr, self.recipes))}, weights={list(self.weights)}, per_row={self.per_row})"
+    def __eq__(self, other): return type(other) is type(self) and vars(other)==vars(self)
+    def __hash__(self): return hash((self.recipes, self.weights, self.per_row))
+    def active(self, progress): return any(r.active(progress) for r,_ in self.live(progress))
 
-    def draw(self, x, progress, generator):
-        live = [(r,w) for r,w in zip(self.recipes, self._now(progress)) if w>0]
-        drawn = [_whole(r.draw(x, progress, generator), x) for r,_ in live]
-        u = _uniform((len(x) if self.per_row else 1,), x.device, generator)*sum(w for _,w in live)
-        lam,mask,box = _alike(drawn, x)
-        edge = live[0][1]
-        for l,m,b,w in zip(lam[1:], mask[1:], box[1:], [w for _,w in live[1:]]):
-            pick,edge = u>=edge,edge+w
-            lam[0],mask[0],box[0] = _pick(pick, l, lam[0]),_pick(pick, m, mask[0]),_pick(pick, b, box[0])
-        return lam[0],mask[0],box[0]
+    def live(self, progress:float)->list:
+        "The recipes that can be chosen now, each with its weight > 0"
+        now = [value_at('weight', w, progress) for w in self.weights]
+        return [(r,w) for r,w in zip(self.recipes, now) if w>0]
 
-# %% ../nbs/api/04_recipes.ipynb #one-of-parts
-def _whole(where, x):
-    where = where if isinstance(where, tuple) else (where,)
-    return where + (None,)*(3-len(where))
+    def for_batch(self)->one_of:
+        "The same choice, made for the batch"
+        return one_of(*self.recipes, weights=self.weights)
 
-def _alike(drawn, x):
-    "The shares, masks and boxes of several draws, each in one form so that rows can be chosen among them"
-    lams,masks,boxes = map(list, zip(*drawn))
-    d = x.dim()-2
-    if any(m is not None for m in masks):
-        if not all(m is not None and m.dtype==torch.bool for m in masks):
-            masks = [l.view(-1, *[1]*(d+1)) if m is None else m.to(l.dtype) for l,m in zip(lams, masks)]
-        sizes = x.shape[2:]
-        masks = [m.expand(-1, 1, *sizes) for m in masks]
-    if any(b is not None for b in boxes):
-        whole = torch.stack([torch.zeros(1, d, device=x.device), torch.ones(1, d, device=x.device)], 1)
-        boxes = [whole if b is None else b for b in boxes]
-    return lams,masks,boxes
+    def chosen(self, progress, generator=None):
+        live = self.live(progress)
+        if self.per_row or not live: return self
+        u = torch.rand(1, generator=generator, device='cpu').item()*sum(w for _,w in live)
+        for recipe,w in live:  # noqa: B007
+            if u<w: break
+            u -= w
+        return recipe.chosen(progress, generator)
+
+    def draw(self, batch):
+        if not self.per_row: return self.chosen(batch.progress).draw(batch)
+        live = self.live(batch.progress)
+        if not live: return Mix(batch.partner, torch.ones(len(batch), device=batch.device))
+        return _merged(batch, [r.draw(batch) for r,_ in live], [w for _,w in live])
+
+# %% ../nbs/api/04_recipes.ipynb #per-row
+def _merged(batch, mixes, weights):
+    "For every row one of `mixes`, chosen by weight"
+    if any(type(m) is not Mix for m in mixes):
+        raise TypeError("one_of(per_row=True) can only choose among plain mixes; choose for the batch instead: per_row=False")
+    u = batch.uniform(len(batch))*sum(weights)
+    lams,masks,boxes = [m.lam for m in mixes],_like_masks(batch, mixes),_like_boxes(batch, mixes)
+    lam,mask,box,edge = lams[0],masks[0],boxes[0],weights[0]
+    for l,m,b,w in zip(lams[1:], masks[1:], boxes[1:], weights[1:]):
+        pick,edge = u>=edge,edge+w
+        lam,mask,box = _pick(pick, l, lam),_pick(pick, m, mask),_pick(pick, b, box)
+    return Mix(batch.partner, lam, mask, box)
+
+def _like_masks(batch, mixes):
+    "The masks in one form, so that rows can be chosen among them; None for all where none has positions"
+    masks = [m.mask for m in mixes]
+    if all(m is None or m.dim()==1 for m in masks):
+        return masks if all(m is None for m in masks) else [m.lam if o is None else o for m,o in zip(mixes, masks)]
+    sizes = batch.sizes('one_of')
+    if not all(m is not None and m.dtype==torch.bool for m in masks):
+        masks = [m.share(batch.x).to(m.lam.dtype) for m in mixes]
+    return [m.expand(-1, 1, *sizes) for m in masks]
+
+def _like_boxes(batch, mixes):
+    "The boxes, with the whole picture for a mix that has none; None for all where none has one"
+    if all(m.box is None for m in mixes): return [None]*len(mixes)
+    d = batch.x.dim()-2
+    whole = torch.stack([torch.zeros(1, d, device=batch.device), torch.ones(1, d, device=batch.device)], 1)
+    return [whole if m.box is None else m.box for m in mixes]
 
 def _pick(pick, new, old): return old if new is None else torch.where(pick.view(-1, *[1]*(new.dim()-1)), new, old)
+
+# %% ../nbs/api/04_recipes.ipynb #per-batch
+@dataclass(frozen=True)
+class per_batch(Recipe):
+    "What `recipe` draws for the first row, for all rows; a choice by row becomes a choice for the batch"
+    recipe:Recipe # Any recipe that draws a plain `Mix`
+
+    def __post_init__(self):
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"per_batch({self.recipe!r}) needs a recipe, such as per_batch(mixup(.4))")
+
+    def active(self, progress): return self.recipe.active(progress)
+
+    def chosen(self, progress, generator=None):
+        recipe = self.recipe.for_batch() if isinstance(self.recipe, one_of) else self.recipe
+        return replace(self, recipe=recipe.chosen(progress, generator))
+
+    def draw(self, batch):
+        mix = self.recipe.draw(batch)
+        if type(mix) is not Mix:
+            raise TypeError(f"{self.recipe!r} draws a {type(mix).__name__}, which can't be given one share for the batch; "
+                "use a loss that is taken apart into rows, such as cross-entropy, or one marked with by_row")
+        n = len(mix)
+        def one(t): return None if t is None else t[:1].expand(n) if t.dim()==1 else t[:1]
+        return Mix(mix.partner, one(mix.lam), one(mix.mask), one(mix.box))

@@ -15,7 +15,7 @@ from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, text_clas
 from fastcore.foundation import L
 from torch import nn
 
-from fastai_mixup_ext import CutMixCallback, FMixCallback, MixUpCallback
+from fastai_mixup_ext import CutMixCallback, FMixCallback, MixUpCallback, by_row
 from tape import bce, close, cross_entropy, focal, lerped, paired, pairs, squared, steps, train
 
 def classes(n, k=3): return torch.arange(n) % k
@@ -254,7 +254,7 @@ def test_segmentation(name):
 def dice(pred, y): return SoftDice()(pred.double(), y)
 
 def test_dice_over_the_batch_gets_one_lam():
-    with pytest.warns(UserWarning, match="SoftDice can't be taken apart"): res = steps(masks(), conv(), SoftDice())
+    with pytest.warns(UserWarning, match="SoftDice is not known by row"): res = steps(masks(), conv(), SoftDice())
     for o in res:
         lam = o.mix.lam[0].item()
         assert (o.mix.lam==lam).all()
@@ -354,20 +354,21 @@ def joint(pred, kind, size): return Joint()(pred.double(), kind, size.double())
 
 def test_integer_and_float_targets_in_one_loss():
     items = [(torch.randn(5), y, torch.randn(())) for y in classes(16)]
-    with pytest.warns(UserWarning, match="Joint can't be taken apart"): res = steps(items, TwoHeads(), Joint(), n_inp=1)
+    with pytest.warns(UserWarning, match="Joint is not known by row"): res = steps(items, TwoHeads(), Joint(), n_inp=1)
     for o in res:
         lam = o.mix.lam[0].item()
         assert (o.mix.lam==lam).all()
         close(o.loss, lam*joint(o.pred, *o.y) + (1-lam)*joint(o.pred, *(y[o.mix.partner] for y in o.y)))
 
 def test_integer_and_float_targets_by_row():
-    "With a `reduction`, each row has its own lam"
+    "Marked, each row has its own lam"
+    @by_row
     def loss(pred, kind, size, reduction='mean'):
         rows = F.cross_entropy(pred[:,:3], kind, reduction='none') * (pred[:,3]-size).abs().exp()
         return rows.mean() if reduction=='mean' else rows
     res = steps([(torch.randn(5), y, torch.randn(())) for y in classes(32)], TwoHeads(), loss, n_inp=1)
     for o in res: close(o.loss, paired(lambda p, k, s: cross_entropy(p[:3], k)*(p[3]-s.double()).abs().exp(), o.pred, o.y, o.mix))
-    assert len(res[-1].mix.lam.unique())>1  # found out by the first batch
+    assert all(len(o.mix.lam.unique())>1 for o in res)
 
 def test_two_float_targets_are_blended():
     def loss(pred, a, b): return (pred[:,:3]-a).square().mean() + (pred[:,3]-b).abs().max()

@@ -15,7 +15,7 @@ from fastai.distributed import DistributedDL, parallel_ctx  # noqa: F401 patched
 from fastcore.script import call_parse, store_true
 from common import KINDS, Watch, global_hooks, hooks_on, make_items, make_learner
 from tape import close, loaders
-from fastai_mixup_ext import MixCallback, Recipe, mixup
+from fastai_mixup_ext import Mix, MixCallback, Recipe, mixup
 
 pytest.importorskip('accelerate')
 try: from torch.distributed.fsdp import fully_shard
@@ -47,7 +47,7 @@ class Die(Callback):
 class Ramp(Recipe):
     "The same shares in each of as many parts of a batch as there are processes"
     def __init__(self, parts): self.parts = parts
-    def draw(self, x, progress, generator): return torch.linspace(.1, .9, len(x)//self.parts).repeat(self.parts)
+    def draw(self, batch): return Mix(batch.partner, torch.linspace(.1, .9, len(batch)//self.parts).repeat(self.parts))
 
 def neighbours(x, yb, generator=None, parts=1):
     "Each row's partner is the row before, in the same part of the batch"

@@ -81,7 +81,8 @@ def test_every_combination(recipe, pair, schedule, place):
     learn.fit(1, lr=.01)
     mixed = [o is not None for o in watch.steps]
     off = schedule=='p until' or schedule=='alpha until' and recipe in ('mixup','cutmix','fmix','per_batch')
-    assert mixed==([True,True,False] if off else [True,True,True])
+    if (schedule,recipe)==('alpha until','one_of'): assert mixed[:2]==[True,True]  # at the end it may have chosen mixup, which is off
+    else: assert mixed==([True,True,False] if off else [True,True,True])
     assert all((p!=b).any() for p,b in zip(learn.model.parameters(), before))
     assert cb.mix is None and not any(m._forward_hooks for m in learn.model.modules())
 

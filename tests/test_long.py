@@ -5,7 +5,6 @@ import gc, os, tracemalloc
 from pathlib import Path
 import pytest, torch
 from common import BS, KINDS, N, Raise, arm, global_hooks, hooks_on, make_dls, make_learner, make_mixer
-from fastai_mixup_ext import losses
 
 STEPS = int(os.environ.get('LONG_STEPS', 2000))
 STATM = Path('/proc/self/statm')
@@ -13,12 +12,12 @@ STATM = Path('/proc/self/statm')
 def resident(): return int(STATM.read_text().split()[1])*os.sysconf('SC_PAGE_SIZE') if STATM.exists() else 0
 
 def things(learn):
-    "All that could grow: tensors, hooks, callbacks, attributes, remembered losses"
+    "All that could grow: tensors, hooks, callbacks, attributes"
     learn.validate()
     gc.collect()
     tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
     attrs = [len(vars(o)) for o in (learn, *learn.cbs, *learn.model.modules())]
-    return dict(tensors=tensors, hooks=hooks_on(learn.model)+global_hooks(), cbs=len(learn.cbs), attrs=attrs, losses=len(losses._found))
+    return dict(tensors=tensors, hooks=hooks_on(learn.model)+global_hooks(), cbs=len(learn.cbs), attrs=attrs)
 
 def flat(learn, run, warm, times, slack):
     "`run`, done `times` over after some to warm up, leaves the same things, fewer than `slack` objects and no more memory"

@@ -1,7 +1,6 @@
 """`blend` against a loop over rows: dtypes, shapes, masks, boxes, memory formats, subclasses; and the laws that it keeps."""
 import copy
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torch.testing import assert_close
 
 from fastai_mixup_ext import Mix, blend, mixup
 from fastai_mixup_ext.embeddings import mix_input
-from fastai_mixup_ext.memory import Scratch
 
 lams = tensor([.9,.25,1.,.6,0.,.75])
 partner = tensor([1,0,3,3,2,4])
@@ -229,21 +227,6 @@ def test_a_row_of_a_large_batch_is_that_of_a_small_one(make, m):
     for i,j in enumerate(partner.tolist()):
         two = Mix(tensor([1,0]), lams[[i,j]], None if m.mask is None else m.mask[[i,j]])
         assert_close(res[i], blend(x[[i,j]], two)[0])
-
-def wants_huge_pages(t):
-    "What Linux says of the memory in the middle of `t`"
-    place,found = t.data_ptr()+t.nbytes//2,False
-    for line in Path('/proc/self/smaps').read_text().splitlines():
-        key,*rest = line.split()
-        if not key.endswith(':'):
-            low,high = (int(o, 16) for o in key.split('-'))
-            found = low<=place<high
-        elif found and key=='VmFlags:': return 'hg' in rest
-
-@pytest.mark.skipif(not Path('/sys/kernel/mm/transparent_hugepage').exists(), reason="this kernel has no transparent huge pages")
-def test_large_results_ask_for_huge_pages():
-    for x in (large(), larges['channels last'](), large().double()): assert wants_huge_pages(blend(x, mix))
-    assert wants_huge_pages(Scratch().like(large()))
 
 # ---- out=
 

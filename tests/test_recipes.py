@@ -12,22 +12,23 @@ from scipy.stats import beta, binomtest, chisquare, ks_2samp, kstest, uniform
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from fastai_mixup_ext import (Recipe, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of, per_batch,
-                              resizemix, within_class)
+from fastai_mixup_ext import (Mix, Recipe, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of,
+    per_batch, resizemix, within_class)
 from fastai_mixup_ext.recipes import draw_beta
 
 class stripes(Recipe):
     "A recipe of the user's own: the last rows of the picture are the partner's"
-    def draw(self, x, progress, generator):
-        rows = torch.randint(x.shape[2]+1, (len(x),), device=x.device, generator=generator)
+    def draw(self, batch):
+        x = batch.x
+        rows = torch.randint(x.shape[2]+1, (len(x),), device=x.device, generator=batch.generator)
         kept = torch.arange(x.shape[2], device=x.device) < rows[:,None]
         mask = kept.view(len(x), 1, -1, *[1]*(x.dim()-3)).expand(-1, -1, *x.shape[2:])
-        return rows.float()/x.shape[2], mask
+        return Mix(batch.partner, rows.float()/x.shape[2], mask)
 
 class constant(Recipe):
     "Another: every row keeps `lam`"
     def __init__(self, lam): self.lam = lam
-    def draw(self, x, progress, generator): return torch.full((len(x),), self.lam, device=x.device)
+    def draw(self, batch): return Mix(batch.partner, torch.full((len(batch),), self.lam, device=batch.device))
 
 recipes = {  # each for any number of spatial axes
     'mixup': mixup(.4), 'mixup8': mixup(8),
@@ -368,9 +369,9 @@ taken = {  # what a recipe draws for 6 rows of 8 by 5 positions, before the part
     mixup(.4): lambda g: draw_beta(6, .4, generator=g),
     cutmix(.4): lambda g: (draw_beta(6, .4, generator=g), torch.rand(6, 2, generator=g)),
     resizemix(): lambda g: torch.rand(6, 3, generator=g),
-    fmix(.4): lambda g: (draw_beta(1, .4, generator=g), torch.randn(8, 3, 2, generator=g)),
-    per_batch(mixup(.4)): lambda g: draw_beta(1, .4, generator=g),
-    one_of(mixup(.4), resizemix()): lambda g: (draw_beta(6, .4, generator=g), torch.rand(6, 3, generator=g), torch.rand(1, generator=g))}
+    fmix(.4): lambda g: (draw_beta(1, .4, generator=g), torch.randn(8, 5, generator=g)),
+    per_batch(mixup(.4)): lambda g: draw_beta(6, .4, generator=g),
+    one_of(mixup(.4), resizemix()): lambda g: (torch.rand(1, generator=g), draw_beta(6, .4, generator=g))}
 
 @pytest.mark.parametrize('recipe,take', taken.items(), ids=map(str, taken))
 def test_nothing_more_is_drawn(recipe, take):

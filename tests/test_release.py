@@ -45,10 +45,26 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
     info = {f'{name}.dist-info/{o}' for o in ('licenses/LICENSE', 'METADATA', 'WHEEL', 'entry_points.txt', 'top_level.txt', 'RECORD')}
     assert files==modules|info
 
-def test_sdist_holds_the_package_and_nothing_else(dist):
-    with tarfile.open(dist/f'{name}.tar.gz') as f: files = {o.name.removeprefix(f'{name}/') for o in f.getmembers() if o.isfile()}
-    files = {o for o in files if not o.startswith('fastai_mixup_ext.egg-info/')}
-    assert files==modules|{'CHANGELOG.md', 'LICENSE', 'MANIFEST.in', 'PKG-INFO', 'README.md', 'pyproject.toml', 'setup.cfg'}
+def files_under(folder):
+    "The files of `folder` that belong to a release: no caches, nothing that a build leaves behind"
+    made = {'__pycache__', '_proc', '_docs', '.ipynb_checkpoints', 'models', 'sidebar.yml'}
+    return {o.relative_to(root).as_posix() for o in (root/folder).rglob('*') if o.is_file() and not made & {*o.parts}}
+
+@pytest.fixture(scope='module')
+def sdist(dist):
+    "The names of the files in the sdist"
+    with tarfile.open(dist/f'{name}.tar.gz') as f: return {o.name.removeprefix(f'{name}/') for o in f.getmembers() if o.isfile()}
+
+def test_sdist_holds_what_the_tests_need_and_nothing_else(sdist):
+    folders = '.ci', '.github', 'benchmarks', 'examples', 'index_files', 'nbs', 'tests', 'tools'
+    single = {'CHANGELOG.md', 'CONTRIBUTING.md', 'LICENSE', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'settings.ini'}
+    made = {'PKG-INFO', 'setup.cfg'}
+    held = {o for o in sdist if not o.startswith('fastai_mixup_ext.egg-info/')}
+    assert held==modules|single|made|set().union(*map(files_under, folders))
+
+def test_sdist_holds_tests_settings_and_pictures(sdist):
+    for o in 'tests/test_release.py', 'tests/api_surface.txt', 'settings.ini', 'nbs/index.ipynb': assert o in sdist
+    assert {o for o in sdist if o.startswith('index_files/')}=={f'index_files/{o.name}' for o in (root/'index_files').glob('*.png')}!=set()
 
 def test_wheel_is_what_runs(env, tmp_path):
     file = sh(env/'python', '-c', 'import fastai_mixup_ext as m; print(m.__file__)', cwd=tmp_path).splitlines()[-1]

@@ -17,11 +17,11 @@ from fastcore.foundation import L
 from fasttransform import Transform
 from torch import nn
 
-from fastai_mixup_ext import CutMixCallback, MixCallback, MixUpCallback, Recipe
+from fastai_mixup_ext import CutMixCallback, Mix, MixCallback, MixUpCallback, Recipe
 
 class Fixed(Recipe):
     "lam = 0.7 for each row"
-    def draw(self, x, progress, generator): return torch.full((len(x),), .7, device=x.device)
+    def draw(self, batch): return Mix(batch.partner, torch.full((len(batch),), .7, device=batch.device))
 
 def following(x, yb=(), generator=None): return torch.arange(len(x), device=x.device).roll(-1)
 def fixed(): return MixCallback(Fixed(), pair=following)

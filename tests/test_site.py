@@ -1,4 +1,5 @@
 """The documentation site in a real browser: built once, served on this machine, every page opened on a telephone and on a desk."""
+import json
 import os
 import re
 import shutil
@@ -7,21 +8,28 @@ import sys
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from html.parser import HTMLParser
+from http.server import ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urldefrag
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from nbdev.config import get_config
+from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
 
 root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/'tools'))
+from build_site import Handler
+
 screenshots = root/'build/screenshots'  # CI keeps them
 phone, desk = dict(width=390, height=844), dict(width=1280, height=900)
 themes = 'light', 'dark'
-sections = ['Home', 'Tutorials', 'How-to', 'Explanations', 'Evidence', 'API', 'Changelog']
+sections = ['Home', 'Learn', 'Do', 'Understand', 'Measured', 'Reference', 'Changelog']
 
 def build(project, out):
     return subprocess.run([sys.executable, 'tools/build_site.py', '--out', str(out)], cwd=project, capture_output=True, text=True)
@@ -37,7 +45,7 @@ def browser():
         yield res
         res.close()
 
-class Quiet(SimpleHTTPRequestHandler):
+class Quiet(Handler):
     def log_message(self, *args): pass
 
 Site = namedtuple('Site', 'folder url pages')
@@ -50,7 +58,8 @@ def site(browser, tmp_path_factory):
     assert res.returncode==0, res.stdout + res.stderr
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=out)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield Site(out, f'http://127.0.0.1:{server.server_port}/', sorted(o.relative_to(out).as_posix() for o in out.rglob('*.html')))
+        pages = sorted(o.relative_to(out).as_posix() for o in out.rglob('*.html') if o.name!='404.html')
+        yield Site(out, f'http://127.0.0.1:{server.server_port}/', pages)
         server.shutdown()
 
 @contextmanager
@@ -81,6 +90,10 @@ facts = """() => {
         pictures: all('img, svg:not([aria-hidden])').length,
         mute: all('img', o => !(o.complete && o.naturalWidth && o.alt.trim())).map(html),
         formulas: all('.math').length,
+        titles: [...document.querySelectorAll('h1')].map(o => o.textContent),
+        crumbs: [...document.querySelectorAll('.quarto-title-breadcrumbs .breadcrumb-item')].map(o => o.textContent.trim()),
+        cut: all('pre', o => o.scrollWidth > o.clientWidth).map(o => o.textContent.trim().split('\\n')[0].slice(0, 60)),
+        small: all('.picture img', o => o.width < .79*Math.min(o.naturalWidth, 1000)).map(html),
         raw: all('.math', o => !o.querySelector('math')?.getBoundingClientRect().width).map(html)
             .concat(prose.textContent.match(/\\\\[(\\[]|\\$\\$|^#\\|.*/gm) ?? []),
     }}"""
@@ -123,12 +136,58 @@ def test_links(site, walk):
         return not (site.folder/url.removeprefix(site.url)).is_file()
     assert not {f'{page}: {o}' for (_,page),res in walk[0].items() for o in res['links'] if broken(o)}
 
+def test_one_title(walk):
+    "A page has one title, and its place among the sections is not named twice"
+    assert not {o: res['titles'] for (_,o),res in walk[0].items() if len(res['titles'])!=1}
+    assert not {o: res['crumbs'] for (_,o),res in walk[0].items() if len(res['crumbs'])!=len({*res['crumbs']})}
+
+def test_code_is_not_cut_off(walk):
+    "On a desk no block of code or output on a page for readers is wider than its box"
+    cut = {o: res['cut'] for (size,o),res in walk[0].items() if size=='desk' and not o.startswith('api/') and res['cut']}
+    assert not cut, f'{sum(map(len, cut.values()))} blocks are cut off; python tools/check_pages.py --list counts their long lines'
+
+def test_letters_in_pictures_are_readable(walk):
+    "On a telephone a picture is not made much smaller than it was drawn: it scrolls"
+    assert not {o: res['small'] for (size,o),res in walk[0].items() if size=='phone' and res['small']}
+
+def test_head(site):
+    "Search engines and link previews get the page's address, a title, a description and a picture that exists"
+    home = get_config(root).doc_url.rstrip('/')
+    for o in site.pages:
+        head = (site.folder/o).read_text().partition('</head>')[0]
+        address = f'{home}/{o}'.removesuffix('index.html')
+        assert f'<link rel="canonical" href="{address}">' in head
+        found = dict(re.findall(r'<meta property="(og:\w+)" content="([^"]*)"', head))
+        assert found['og:title'] and found['og:description'] and found['og:url']==address
+        assert (site.folder/found['og:image'].removeprefix(home + '/')).is_file() and '`' not in found['og:description']
+
+def test_address_that_does_not_exist(browser, site):
+    with tab(browser, viewport=desk) as page:
+        assert page.goto(site.url + 'no/such/page.html').status==404
+        expect(page.locator('h1')).to_have_text('No such page')
+        assert page.evaluate("getComputedStyle(document.querySelector('#quarto-content')).display")=='grid', 'shown without its style'
+        page.locator('main a', has_text='home page').click()
+        expect(page.locator('h1')).to_have_text('fastai_mixup_ext')
+
 def test_sidebar(browser, site):
     with tab(browser, viewport=desk) as page:
         page.goto(site.url)
         assert page.locator('.sidebar-menu-container > ul > li > .sidebar-item-container .menu-text').all_inner_texts()==sections
-        listed = page.locator('.sidebar-menu-container a[href$=".html"]').evaluate_all('os => os.map(o => o.href)')
-    assert {site.url + o for o in site.pages}==set(listed), 'a page that the sidebar does not list'
+        links = page.locator('.sidebar-menu-container a[href$=".html"]')
+        listed,names = links.evaluate_all('os => os.map(o => o.href)'),links.all_inner_texts()
+    assert sorted(listed)==sorted(site.url + o for o in site.pages), 'a page that the sidebar does not list, or lists twice'
+    assert len({*map(str.lower, names + sections)})==len({*names} | {*sections})==len(names) + len(sections) - 2, 'two entries of one name'
+
+def test_sidebar_on_a_phone_opens_at_its_top(browser, site):
+    with tab(browser, viewport=phone) as page:
+        for o in 'index.html', site.pages[-1]:
+            page.goto(site.url + o)
+            page.get_by_label('Toggle sidebar navigation').click()
+            expect(page.locator('#quarto-sidebar')).to_have_class(re.compile('show'))
+            page.wait_for_function("document.querySelector('#quarto-sidebar').getBoundingClientRect().left >= 0")
+            first = page.locator('#quarto-sidebar .sidebar-link').first.bounding_box()
+            header = page.locator('#quarto-header').bounding_box()
+            assert header['y'] + header['height'] <= first['y'] < phone['height']/2
 
 def test_markdown_copies(site):
     index = (site.folder/'llms.txt').read_text()
@@ -165,6 +224,71 @@ def test_dark_mode_switches_and_stays(browser, site):
         dark = background()
         page.goto(site.url + 'changelog.html')
         assert background()==dark!=light
+
+def test_pictures_fit_dark_mode(browser, site):
+    "A plot gets the page's dark background; a photograph keeps its colours, on a light panel"
+    def shade(css): return np.asarray(Image.open(BytesIO(page.locator(css).first.screenshot())).convert('L'))
+    with tab(browser, viewport=desk, color_scheme='dark') as page:
+        for kind in 'plot', 'photo':
+            page.goto(site.url + next(o for o in site.pages if f'class="picture {kind}"' in (site.folder/o).read_text()))
+            seen = shade(f'.{kind} img')
+            assert np.median(seen)<60 if kind=='plot' else seen[4].mean()>200
+
+@pytest.mark.parametrize('query,page', [('alpha default', 'MixUpCallback'), ('mixup alpha default', 'mixup'),
+    ('MixUpCalback', 'MixUpCallback')])
+def test_search_by_words(browser, site, query, page):
+    with tab(browser, viewport=desk) as t:
+        t.goto(site.url)
+        t.get_by_label('Search', exact=True).fill(query)
+        expect(t.locator('.search-result').first).to_be_visible()
+        assert any(page in o for o in t.locator('.search-result').all_inner_texts()[:5])
+
+def test_search_shows_formulas_as_they_are_read(site):
+    entries = json.loads((site.folder/'search.json').read_text())
+    tex = re.compile(r'\\(frac|sqrt|text|tilde|hat|bar|lambda|alpha|ell|sum|sim|mathcal|operatorname|begin|left)\b(?![^ ]*[\'"])')
+    assert not [o['href'] for o in entries if tex.search(o['text'])]
+
+class Tables(HTMLParser):
+    "The rows of all tables of a page, each a list of the cells' texts"
+    def __init__(self, text):
+        super().__init__()
+        self.rows,self.cell = [],None
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        if tag=='tr': self.rows.append([])
+        if tag in ('td', 'th'): self.cell = ''
+    def handle_data(self, data):
+        if self.cell is not None: self.cell += data
+    def handle_endtag(self, tag):
+        if tag in ('td', 'th'): self.rows[-1],self.cell = [*self.rows[-1], self.cell.strip()],None
+
+@pytest.fixture(scope='session')
+def reference(site): return {o: (site.folder/o).read_text() for o in site.pages if o.startswith('api/')}
+
+def test_every_parameter_is_described(reference):
+    "Each has a row of its own, with words"
+    blank = []
+    for page,text in reference.items():
+        for part in re.split(r'(?=<h[1-4][ >])', text):
+            name = re.sub('<[^>]*>', '', part.partition('</h')[0])
+            parameter = False
+            for row in Tables(part).rows:
+                if row[-1]=='meaning': parameter = True
+                elif parameter and not row[-1]: blank.append(f'{page}: {name}: {row[0]}')
+    assert not blank, '\n'.join(['parameters without a description:', *blank])
+
+def test_calls_are_what_a_caller_writes(reference):
+    call = re.compile(r'<h[23][^>]*>[^<]*</h[23]>\s*<div class="code-copy[^>]*>.*?</code>', re.S)
+    plain = [(page, re.sub('<[^>]*>', '', o)) for page,text in reference.items() for o in call.findall(text)]
+    assert plain
+    assert not [o for o in plain if re.search(r'\bdef \w|\bself\b|__main__|\*args|->', o[1])]
+    assert not [page for page,text in reference.items() if '__main__' in text]
+
+def test_no_doubled_headings(reference):
+    "No entry stands under a heading of the same name"
+    heading = re.compile(r'<h[1-4][^>]*>(.*?)</h[1-4]>', re.S)
+    def names(text): return [re.sub('<[^>]*>', '', o).lower() for o in heading.findall(text.partition('<main')[2])]
+    assert not [(page, a) for page,text in reference.items() for a,b in zip(names(text), names(text)[1:]) if a==b]
 
 @pytest.mark.parametrize('theme', themes)
 def test_accessible(browser, site, theme):

@@ -1,51 +1,108 @@
 """Build the documentation site without Quarto: `python tools/build_site.py [--out FOLDER] [--serve]`.
 
 nbdev prepares the notebooks, smalldocs renders them, and `SelfContained` sees to it that every page stands on its own: no script,
-style or font comes from elsewhere. Quarto users get the same pages from the same notebooks and `nbs/_quarto.yml` with `nbdev-docs`."""
+style or font comes from elsewhere. Quarto users get the same pages from the same notebooks and `nbs/_quarto.yml` with `nbdev-docs`.
+
+The order of the pages is the sidebar of `nbs/_quarto.yml`. A page that it lists and that is not written yet is left out."""
 import html, os, re, sys, warnings
+from base64 import b64decode
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-from fastcore.docments import DocmentTbl
+import numpy as np
+import yaml
 from fastcore.script import call_parse, store_true
 from fontTools.ttLib import TTFont
 from latex2mathml.converter import convert
 from nbdev import showdoc
-from nbdev.config import nbpath2html
+from nbdev.config import get_config, nbpath2html
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+from PIL import Image
 from smalldocs.config import load
 from smalldocs.site import Site
 
-import fastai_mixup_ext
+import reference
 
 root = Path(__file__).parents[1]
+card = 'images/mixed_batch.png'  # the picture that stands beside a link to any page
+described = re.compile(r'<meta (?:name|property)="(?:og:)?description"[^>]*>')
 expected = re.compile('unknown key format-links|format commonmark is not built|output-file is not read')  # Quarto's and nbdev's own keys
 formula = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 mute_picture = re.compile(r'<img(?![^>]* alt="[^"])|<svg(?![^>]*(?: aria-hidden="true"| alt="[^"]| aria-label="[^"]))')
+embedded = re.compile(r'<img[^>]*src="data:image/(?:png|jpeg);base64,([^"]*)"[^>]*>')
+heading = re.compile(r'^(#{1,4}) +(.+?)(?: *\{[^}]*\})?$|^(```+)[^\n]*\n.*?^\3$', re.M|re.S)
 scroller = re.compile(r'<(?=pre|span class="math display")(\w+)')
 table = re.compile(r'<table.*?</table>', re.S)
 web_font = re.compile(r'@import url\(https?:[^)]*\);?')
 
 
-class TableRenderer(showdoc.BasicMarkdownRenderer):
-    "nbdev's entry for a symbol, with its parameters in a table below the signature instead of in comments inside it"
-    def __init__(self, sym, **kwargs):
-        super().__init__(sym, maxline=72, **kwargs)
-        for p in getattr(self.dm, 'dm', {}).values(): p['docment'] = None
+def numberless(path): return re.sub(r'(^|/)\d+_', r'\1', str(path))
 
-    def _repr_markdown_(self):
-        exported = getattr(fastai_mixup_ext, self.nm, self.sym)  # Python can't find the source of a dataclass that a notebook defines
-        return f'{super()._repr_markdown_()}\n\n{DocmentTbl(exported)}'
+
+def in_order(entries, pages):
+    "The sidebar's `entries`, less those whose page is not in `pages`; the number in a notebook's name may have changed"
+    files = {numberless(o): str(o) for o in pages}
+    def one(o):
+        if 'contents' in o: return {**o, 'contents': in_order(o['contents'], pages)}
+        return {**o, 'href': files.get(numberless(o['href']))}
+    entries = [one(o if isinstance(o, dict) else {'href': o}) for o in entries]
+    return [o for o in entries if o.get('contents') or o.get('href')]
+
+
+def listed(entries):
+    "The pages that the sidebar's `entries` name, in their order"
+    for o in entries:
+        if isinstance(o, dict) and 'contents' in o: yield from listed(o['contents'])
+        else: yield o['href'] if isinstance(o, dict) else o
+
+
+def unlisted():
+    "The pages under nbs/ that the sidebar forgets"
+    sidebar = yaml.safe_load((root/'nbs/_quarto.yml').read_text())['website']['sidebar']
+    pages = (o.relative_to(root/'nbs').as_posix() for o in (root/'nbs').rglob('*') if o.suffix in ('.ipynb', '.qmd'))
+    known = {'404.qmd', *map(numberless, listed(sidebar['contents']))}
+    return sorted(o for o in pages if not any(part[0] in '._' for part in o.split('/')) and numberless(o) not in known)
+
+
+def without_doubles(body):
+    "Markdown in which no entry of the reference repeats the name of the heading that it stands under"
+    above, res = '', body
+    for m in heading.finditer(body):
+        if m[2] is None: continue
+        name = m[2].strip('` ').lower()
+        if name==above and m[1]=='###': res = res.replace(m[0]+'\n\n```python', '```python', 1)
+        above = name
+    return res
+
+
+def picture(m):
+    "The picture `m` in a box that scrolls on a telephone; dark mode turns the colours of a plot, which is mostly white and nowhere black"
+    with Image.open(BytesIO(b64decode(m[1]))) as o: drawn = o.convert('RGBA')
+    pixels = np.asarray(Image.alpha_composite(Image.new('RGBA', drawn.size, 'white'), drawn))[...,:3]
+    white,black = (pixels.min(-1)>=250).mean(), (pixels.max(-1)<80).mean()
+    kind = 'plot' if white>=.5 and black<.08 else 'photo'
+    return f'<span class="picture {kind}" style="--natural-width: {pixels.shape[1]}px" tabindex="0">{m[0]}</span>'
 
 
 class SelfContained(Site):
     "smalldocs' site with nbdev's page names, relative links, formulas as MathML, and nothing from elsewhere"
+    def discover(self):
+        "The pages in the order of the sidebar, which loses the entries of pages that are not there"
+        pages, sidebar = super().discover(), self.project.website.get('sidebar')
+        if not sidebar: return pages
+        sidebar['contents'] = in_order(sidebar['contents'], pages)
+        order = [*listed(sidebar['contents'])]
+        return sorted(pages, key=lambda o: order.index(str(o)) if str(o) in order else len(order))
+
     def read(self, src):
         page = super().read(src)
         page.out = PurePosixPath(nbpath2html(page.out))
+        page.body = without_doubles(page.body)
         return page
 
     def find_page(self, target): return super().find_page(target) or next((p for p in self.pages.values() if p.out==target), None)
@@ -58,7 +115,9 @@ class SelfContained(Site):
         super().render_page(page)
         page.env['math'] = False  # no KaTeX from a CDN: the formulas are MathML
         if mute_picture.search(page.html): self.warn(f'{page.src}: a picture without alternative text; give its cell a `#| fig-alt: ...`')
+        self.untex(page)
         page.html = formula.sub(partial(self.mathml, page), page.html)
+        page.html = embedded.sub(picture, page.html)
         page.html = scroller.sub(r'<\1 tabindex="0"', page.html)  # what scrolls sideways must do so from the keyboard
         page.html = table.sub(r'<div class="table-responsive" tabindex="0">\g<0></div>', page.html)
 
@@ -68,9 +127,18 @@ class SelfContained(Site):
         if '\\' in res or '<mi>&</mi>' in res: self.warn(f'{page.src}: latex2mathml does not know a command of {m[2]}')
         return f'<span class="math {m[1]}">{res}</span>'
 
+    def untex(self, page):
+        "The search shows a formula as it is read"
+        def read(m): return re.sub('<[^>]*>', '', html.unescape(self.mathml(page, m)))
+        seen = {' '.join(html.unescape(m[2]).split()): read(m) for m in formula.finditer(page.html)}
+        for tex in sorted((o for o in seen if '\\' in o), key=len, reverse=True):  # a short one may be a part of a long one
+            for o in page.env['search']: o['text'] = o['text'].replace(tex, seen[tex])
+
     def copy_assets(self, nav):
         super().copy_assets(nav)
         libs = self.out/'site_libs'
+        with (libs/'fuse/fuse.min.js').open('a') as f: f.write((root/'tools/search.js').read_text())
+        with (libs/'smalldocs.js').open('a') as f: f.write((root/'tools/site.js').read_text())
         for f in (libs/'themes').glob('*.css'): f.write_text(web_font.sub('', f.read_text()))
         font = TTFont(files('ziamath.fonts')/'STIXTwoMath-Regular.ttf')  # for systems without a font for formulas
         font.flavor = 'woff'
@@ -85,22 +153,63 @@ def rename_copies(out):
         f.with_name(f.name.replace('.llms.md', '.html.md')).write_text(text)
 
 
+def finish_head(out):
+    "What search engines and link previews read: the page's own address, and a picture"
+    home, about = get_config().doc_url.rstrip('/'), html.escape(get_config().description)
+    for f in out.rglob('*.html'):
+        if f.name=='404.html': continue
+        url = f'{home}/{f.relative_to(out).as_posix()}'.removesuffix('index.html')
+        metas = {'og:url': url, 'og:type': 'website', 'og:image': f'{home}/{card}'}
+        text = described.sub(lambda m: m[0].replace('`', ''), f.read_text())
+        if 'og:description' not in text: metas |= {'og:description': about}
+        more = f'<link rel="canonical" href="{url}">' + ''.join(f'<meta property="{k}" content="{v}">' for k,v in metas.items())
+        f.write_text(text.replace('</head>', f'{more}<meta name="twitter:card" content="summary_large_image"></head>', 1))
+
+
+def finish_404(out):
+    "The page for an address that does not exist is shown at that address: its links start at the site's root"
+    f = out/'404.html'
+    base = urlsplit(get_config().doc_url).path.rstrip('/') + '/'
+    f.write_text(f.read_text().replace('<head>', f'<head><base href="{base}"><meta name="robots" content="noindex">', 1))
+    (out/'404.html.md').unlink(missing_ok=True)
+    sitemap = out/'sitemap.xml'
+    sitemap.write_text(re.sub(r'  <url>\s*<loc>[^<]*/404.html</loc>.*?</url>\n', '', sitemap.read_text(), flags=re.S))
+
+
 def build(out):
     "Build the whole site into `out`; return the warnings that are not expected"
     refresh_quarto_yml()
-    showdoc.BasicMarkdownRenderer = TableRenderer  # where show_doc finds it; naming it in pyproject.toml would break nbdev-docs
+    showdoc.BasicMarkdownRenderer = reference.Entry  # where show_doc finds it; naming it in pyproject.toml would break nbdev-docs
     warnings.filterwarnings('error', 'Found cells containing imports')  # such cells would run while the site is built
     site = SelfContained(load(proc_nbs(n_workers=0, force=True)))
     site.out = out
     site.build()
     rename_copies(out)
+    finish_head(out)
+    if (out/'404.html').exists(): finish_404(out)
     (out/'.nojekyll').touch()
     return [w for w in site.warnings if not expected.search(w)]
 
 
+class Handler(SimpleHTTPRequestHandler):
+    "Serves the site at / and at the path that it has when it is published, with its own page for addresses that do not exist"
+    prefix = urlsplit(get_config(root).doc_url).path.rstrip('/')
+    def translate_path(self, path): return super().translate_path(path.removeprefix(self.prefix) or '/')
+
+    def send_error(self, code, *args, **kwargs):
+        page = Path(self.directory)/'404.html'
+        if code!=404 or not page.exists(): return super().send_error(code, *args, **kwargs)
+        body = page.read_bytes()
+        self.send_response(404)
+        self.send_header('Content-Type', 'text/html; charset=utf-8')
+        self.send_header('Content-Length', len(body))
+        self.end_headers()
+        self.wfile.write(body)
+
+
 def serve_site(out, port):
     "Serve the site on this machine alone, until Ctrl-C"
-    server = ThreadingHTTPServer(('127.0.0.1', port), partial(SimpleHTTPRequestHandler, directory=out))
+    server = ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=out))
     print(f'http://127.0.0.1:{server.server_port}/  (Ctrl-C to stop)')
     try: server.serve_forever()
     except KeyboardInterrupt: pass

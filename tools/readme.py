@@ -1,6 +1,7 @@
 """Generate README.md from nbs/index.ipynb without Quarto: `python tools/readme.py [--check]`.
 
-The notebook's outputs are used as they are saved; its pictures are written beside README.md, in index_files/."""
+The notebook's outputs are used as they are saved; its pictures are written beside README.md, in index_files/. All links and
+pictures have whole addresses, since package indexes show the text without the repository around it."""
 import os, re, sys
 from base64 import b64decode
 from pathlib import Path
@@ -23,9 +24,22 @@ def indented(text): return re.sub('^(?=.)', '    ', joined(text).rstrip('\n'), f
 def alert(m): return re.sub('^', '> ', f'[!{m[1].upper()}]\n{m[2]}', flags=re.M).replace('> \n', '>\n')
 
 
+def address(path, kind):
+    "Where the repository shows file `path`: as a page (`blob`) or as it is (`raw`)"
+    cfg = get_config()
+    return f'{cfg.git_url}/{kind}/{cfg.branch}/{path}'
+
+
+def whole(m):
+    "The whole address for link `m`: a notebook's page, or a file of the repository, relative to nbs/"
+    found = doc_link(m[1], get_config().doc_url)
+    if re.match(r'[a-z]+:|#', found): return found
+    return address(os.path.normpath(os.path.join('nbs', found)), 'raw' if found.endswith(('.png', '.svg')) else 'blob')
+
+
 def prose(text):
     "A markdown cell as GitHub reads it"
-    return link.sub(lambda m: doc_link(m[0], get_config().doc_url), callout.sub(alert, directive.sub('', text)))
+    return link.sub(whole, callout.sub(alert, directive.sub('', text)))
 
 
 def output(out, name, alt, pictures):
@@ -34,7 +48,7 @@ def output(out, name, alt, pictures):
     data = out['data']
     if 'image/png' in data:
         pictures[f'{folder}/{name}.png'] = b64decode(joined(data['image/png']))
-        return f'![{alt}]({folder}/{name}.png)'
+        return f'![{alt}]({address(f"{folder}/{name}.png", "raw")})'
     return joined(data['text/markdown']) if 'text/markdown' in data else indented(data['text/plain'])
 
 

@@ -1,0 +1,663 @@
+"""Paired comparisons: the statistics against oracles, the pairing, and the law of `mix_find`: the learner is as it was."""
+import functools
+import itertools
+import math
+import random
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai import metrics as fastai_metrics
+from fastai.basics import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, OptimWrapper, Recorder,
+    TrainEvalCallback, accuracy, error_rate, noop, set_seed, trainable_params)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import ParamScheduler  # noqa: F401 patches Learner.fit_one_cycle
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.load import DataLoader
+from fastai.learner import mk_metric
+from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.text.all import AWD_LSTM, CategoryBlock, ColReader, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
+from scipy import stats
+from sklearn.datasets import load_digits, load_wine
+from torch import nn
+
+from fastai_mixup_ext import MixCallback, MixUpCallback, cutmix, mixup, one_of
+from fastai_mixup_ext import find
+from fastai_mixup_ext.compare import GAIN, LOSS, UNSURE, Comparison, Run, is_lower_better
+from fastai_mixup_ext.effects import holm, paired, power, seeds_needed, smallest_effect
+from fastai_mixup_ext.find import as_candidates, compare_fits, default_candidates
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch): monkeypatch.setattr(find, 'ROUNDS', 1)  # of the measurement of costs
+
+# Statistics
+
+@pytest.mark.parametrize('n', [2, 3, 10])
+def test_paired_is_scipys_paired_t_test(n):
+    rng = np.random.default_rng(n)
+    a,b = rng.normal(1, 1, n),rng.normal(0, 2, n)
+    e,theirs = paired(a, b),stats.ttest_rel(a, b)
+    ci = theirs.confidence_interval(.95)
+    assert np.allclose([e.mean, e.low, e.high, e.p], [np.mean(a-b), ci.low, ci.high, theirs.pvalue])
+    assert math.isclose(e.sd, np.std(a-b, ddof=1)) and e.n==n
+
+def test_paired_without_spread():
+    "Equal values: an interval of width zero, and no find"
+    e = paired([.5]*3, [.5]*3)
+    assert (e.mean, e.low, e.high, e.p, e.sd)==(0, 0, 0, 1, 0)
+    e = paired([.3, .6, .9], [.2, .5, .8])  # up to rounding the same difference with every seed
+    assert math.isclose(e.mean, .1) and e.low==e.high==e.mean and (e.p, e.sd)==(1, 0)
+    assert paired([.1+.2], [.3]).mean==0  # rounding is no difference
+
+def test_paired_with_one_or_no_pair():
+    one,none = paired([2.], [1.]),paired([], [])
+    assert one.mean==1 and math.isnan(one.low) and math.isnan(one.p) and one.n==1
+    assert math.isnan(none.mean) and none.n==0
+
+def slow_holm(ps):
+    "Step by step, as in the paper: the smallest p against level/m, the next against level/(m-1), until one fails"
+    m,order,out,worst = len(ps),sorted(range(len(ps)), key=lambda i: ps[i]),[0.]*len(ps),0.
+    for rank,i in enumerate(order):
+        worst = max(worst, min(1., (m-rank)*ps[i]))
+        out[i] = worst
+    return out
+
+def test_holm():
+    assert np.allclose(holm([.01, .04, .03, .005]), [.03, .06, .06, .02])
+    rng = np.random.default_rng(0)
+    for m in range(1, 7):
+        ps = rng.uniform(0, .3, m)
+        assert np.allclose(holm(ps), slow_holm(list(ps)))
+    assert np.allclose(holm([.02, math.nan, .01]), [.02, math.nan, .02], equal_nan=True) and len(holm([]))==0
+
+@pytest.mark.parametrize('n,effect,level', [(3, 1.5, .05), (5, 1., .05), (8, 1., .0125)])
+def test_power_is_the_share_of_simulations_that_show_the_effect(n, effect, level):
+    rng = np.random.default_rng(1)
+    d = rng.normal(effect, 1, (40_000, n))
+    found = stats.ttest_1samp(d, 0, axis=1).pvalue<level
+    assert abs(power(effect, 1, n, level)-found.mean())<.01
+    assert math.isclose(power(0, 1, n, level), level, rel_tol=1e-3) and math.isclose(power(1e3, 1, n, level), 1, rel_tol=1e-3)
+
+@pytest.mark.parametrize('effect,level', [(2., .05), (.7, .05), (.7, .0125), (.3, .01)])
+def test_seeds_needed_is_the_first_that_is_enough(effect, level):
+    n = seeds_needed(effect, 1., level)
+    assert n==next(n for n in itertools.count(2) if power(effect, 1., n, level)>=.8)
+    assert smallest_effect(1., n, level)<=effect and (n==2 or smallest_effect(1., n-1, level)>effect)
+
+@pytest.mark.parametrize('n,level', [(2, .05), (3, .0125), (20, .05)])
+def test_smallest_effect_has_a_power_of_80_percent(n, level):
+    assert math.isclose(power(smallest_effect(.02, n, level), .02, n, level), .8, rel_tol=1e-3)
+    assert smallest_effect(0., n, level)==0
+
+def test_hopeless_power(): assert seeds_needed(1e-6, 1.) is None
+
+# Comparison
+
+def figures(**kwargs): return Comparison(kwargs.pop('values'), kwargs.pop('metric', 'error_rate'), **kwargs)
+
+NONE = [.101, .099, .102, .098, .100]
+BETTER = dict(values=dict(none=NONE, cutmix=[.081, .078, .083, .079, .080], mixup=[.102, .098, .101, .099, .101]))
+
+def test_a_gain():
+    c = figures(**BETTER, costs=dict(none=1., cutmix=1.04, mixup=1.2), suggestions=dict(cutmix=lambda: 'a callback'))
+    assert c.best=='cutmix' and c.suggestion=='a callback' and c.baseline=='none'
+    e = stats.ttest_rel(BETTER['values']['cutmix'], NONE).confidence_interval(.95)
+    assert str(c)==f'cutmix: 2.0 % fewer errors [{-100*e.high:.1f}, {-100*e.low:.1f}], costs 4 %'
+    assert (c.verdict('cutmix'), c.verdict('mixup'))==(GAIN, UNSURE)
+
+def test_the_same_gain_where_higher_is_better():
+    values = {k: [1-x for x in v] for k,v in BETTER['values'].items()}
+    assert str(figures(values=values, metric='accuracy'))==str(figures(**BETTER))
+    hit = figures(values=values, metric='dice')
+    assert str(hit).startswith('cutmix: dice higher by 0.020 [0.01') and hit.gain('cutmix')>0
+    ours = figures(values=values, metric='hits', lower_is_better=False)
+    assert str(ours).startswith('cutmix: hits higher by')
+    wrong = figures(values=values, metric='hits', lower_is_better=True)
+    assert wrong.best is None and wrong.verdict('cutmix')==LOSS
+
+def test_the_largest_clear_gain_is_suggested():
+    values = dict(none=NONE, a=[x-.01 for x in (.1, .1012, .1008, .0991, .0999)], b=[x-.03 for x in (.1, .1012, .1008, .0991, .0999)],
+        c=[.01, .15, .02, .16, .01])  # a larger mean difference, but within its noise
+    assert figures(values=values).best=='b'
+
+def test_cant_tell_says_how_many_seeds():
+    c = figures(values=dict(none=[.10, .12, .09], mixup=[.09, .13, .085]))
+    n = seeds_needed(.01, np.std([-.01, .01, -.005], ddof=1))
+    assert str(c)==f'none: no candidate is better than its noise; to see a difference of 1 % you would need about {n} seeds'
+    assert c.best is None and c.suggestion is None
+    assert math.isclose(c.detectable, smallest_effect(np.std([-.01, .01, -.005], ddof=1), 3))
+
+def test_cant_tell_though_it_would_have_shown():
+    c = figures(values=dict(none=NONE, mixup=[.1005, .0992, .1021, .0982, .0998]))
+    assert str(c)=='none: no candidate is better than its noise; a difference of 1 % would have shown'
+
+def test_all_are_worse():
+    c = figures(values=dict(none=NONE, a=[x+.02 for x in (.1, .1012, .1008, .0991, .0999)], b=[x+.05 for x in (.1, .1012, .1008, .0991, .0999)]))
+    assert str(c).startswith('none: every candidate is worse; the mildest, a: 2.0 % more errors [1.')
+
+def test_holm_decides():
+    "p = .03 is a find alone, but not among five"
+    d = np.array([-.02, -.004, -.012, -.009])
+    assert .02<stats.ttest_1samp(d, 0).pvalue<.05
+    base = [.1, .1, .1, .1]
+    alone = figures(values=dict(none=base, a=base+d))
+    among = figures(values=dict(none=base, a=base+d) | {k: base+np.array([.01, -.01, .02, -.021]) for k in 'bcde'})
+    assert alone.best=='a' and among.best is None
+
+def test_one_seed_is_said_in_words():
+    c = figures(values=dict(none=[.1], mixup=[.08]))
+    assert 'one seed gives no interval' in str(c) and c.best is None and math.isnan(c.detectable)
+    check_all_forms(c)
+
+def test_equal_values():
+    c = figures(values=dict(none=[.1]*3, mixup=[.1]*3))
+    assert str(c).startswith('none: the differences are the same with every seed') and c.detectable==0
+    check_all_forms(c)
+
+def test_only_the_baseline():
+    c = figures(values=dict(none=NONE))
+    assert 'no other candidate has finished' in str(c)
+    check_all_forms(c)
+
+def test_missing_runs_are_left_out_by_seed():
+    values = dict(none=[.1, .2, .3, None], a=[None, .1, .25, .1])
+    c = figures(values=values)
+    e = paired([.1, .25], [.2, .3])
+    assert c.effects['a']==e and c.seeds==2 and c.table.loc['a', 'runs']==3
+    check_all_forms(c)
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_diverged(bad):
+    c = figures(values=dict(none=NONE, a=[.1, bad, .1, .1, .1]), metric='loss')
+    assert c.verdict('a')==LOSS and 'every candidate diverged' in str(c)
+    check_all_forms(c)
+    check_all_forms(figures(values=dict(none=[math.nan]*2, a=[.1, .2])))
+
+def check_all_forms(c):
+    assert c.conclusion in repr(c) and len(c._repr_html_()) and len(c.table)==len(c.names)
+    c.plot().canvas.draw()
+
+def runs(**kwargs): return [Run(n, s, {'accuracy': [.2, .4+d, .8+d], 'loss': [2., 1.5, 1-d]}, sec, gap)
+    for n,(sec,gap) in kwargs.items() for s,d in enumerate([.01, .03, .02])]
+
+def test_table_has_means_deviations_and_costs():
+    c = Comparison(runs(none=(.1, None), a=(.2, None)), 'accuracy')
+    t = c.table
+    assert math.isclose(t.loc['none', 'accuracy'], .82) and math.isclose(t.loc['none', 'accuracy sd'], .01)
+    assert math.isclose(t.loc['a', 'loss'], .98) and t.loc['a', 'difference']==0 and math.isnan(t.loc['none', 'difference'])
+    assert t.loc['a', 'cost']==2 and t.loc['none', 'cost']==1 and list(t['runs'])==[3, 3]
+    assert '±' in repr(c) and '<table' in c._repr_html_()
+    assert '&lt;b&gt;' in Comparison({'<b>': [1.], 'a': [2.]})._repr_html_()
+
+def test_plot_has_a_forest_and_curves():
+    fig = Comparison(runs(none=(.1, None), a=(.2, None), b=(.1, None)), 'accuracy').plot()
+    forest,curves = fig.axes
+    assert [t.get_text().split('\n')[0] for t in forest.get_yticklabels()]==['a', 'b']
+    assert [list(line.get_ydata().round(6)) for line in curves.lines]==[[.2, .42, .82]]*3
+    assert len(Comparison(dict(none=[1., 2.], a=[1., 3.])).plot().axes)==1  # nothing to draw a curve from
+
+def test_memorising_is_said_if_there_is_no_winner():
+    def said(gap): return str(Comparison(runs(none=(.1, gap), a=(.1, None)), 'accuracy'))
+    assert said((.1, .2)).endswith('It memorises (loss 0.1 in training, 0.2 in validation): try longer')
+    assert 'memorises' not in said((.11, .2)) and 'memorises' not in said(None) and 'memorises' not in said((-2., -1.))
+
+def test_directions_of_all_of_fastais_metrics():
+    made = []
+    for n in fastai_metrics.__all__:
+        o = getattr(fastai_metrics, n)
+        if n in ('AccumMetric', 'skm_to_fastai', 'optim_metric', 'LossMetric', 'LossMetrics'): continue
+        try: made.append(mk_metric(o() if n[0].isupper() else o).name)
+        except TypeError: made.append(mk_metric(o(.5)).name)  # FBeta needs one
+    lower = {'error_rate', '_rmse', '_exp_rmspe', 'mse', 'mae', 'msle', 'perplexity', 'brier_score_loss', 'hamming_loss'}
+    assert {o: is_lower_better(o) for o in made}=={o: o in lower for o in made}
+    assert is_lower_better('loss')
+    with pytest.raises(ValueError, match="'profit'.*lower_is_better"): is_lower_better('profit')
+
+def test_bad_comparisons():
+    with pytest.raises(ValueError, match='runs is empty'): Comparison([])
+    with pytest.raises(ValueError, match="baseline='plain' has no run"): figures(**BETTER, baseline='plain')
+    with pytest.raises(ValueError, match='lower_is_better'): figures(**BETTER | dict(metric='x'))
+
+# Learners of all kinds
+
+def pictures(n=60):
+    d = load_digits()
+    return list(zip(torch.tensor(d.images[:n], dtype=torch.float32)[:,None]/16, torch.tensor(d.target[:n])))
+
+def net(): return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(.2), nn.Linear(36, 10))
+
+def digits_learner(path, cbs=(), **kwargs):
+    items = pictures()
+    dls = DataLoaders.from_dsets(items[:40], items[40:], bs=10, num_workers=0, device='cpu')
+    return Learner(dls, net(), **dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, cbs=list(cbs), lr=.01) | kwargs)
+
+def table_learner(path):
+    df = load_wine(as_frame=True).frame.sample(60, random_state=0).reset_index(drop=True)
+    df['cat'] = (df['alcohol']>13).astype(str)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['cat'], cont_names=list(df.columns[:4]), y_names='target',
+        y_block=CategoryBlock(), valid_idx=list(range(20)), bs=10, num_workers=0, device='cpu')
+    return tabular_learner(dls, layers=[8], metrics=accuracy, path=path)
+
+def text_learner(path):
+    words = np.random.default_rng(0).choice('good bad film plot a the'.split(), (30, 12))
+    df = pd.DataFrame(dict(text=[' '.join(o[:5+i%7]) for i,o in enumerate(words)], label=['ny'[i%2] for i in range(30)]))
+    block = DataBlock((TextBlock(str.split, seq_len=8, min_freq=1), CategoryBlock), get_x=ColReader('text'), get_y=ColReader('label'),
+        splitter=lambda df: (list(range(20)), list(range(20, 30))))
+    config = awd_lstm_clas_config | dict(emb_sz=6, n_hid=7, n_layers=2)
+    dls = block.dataloaders(df, bs=10, num_workers=0)
+    return text_classifier_learner(dls, AWD_LSTM, seq_len=8, config=config, pretrained=False, metrics=accuracy, path=path)
+
+def frozen_learner(path):
+    learn = digits_learner(path, splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    learn.freeze()
+    return learn
+
+def precise_learner(path): return digits_learner(path, [MixedPrecision(amp_mode='bf16'), GradientAccumulation(20)])
+
+def mixing_learner(path): return digits_learner(path, [MixUpCallback(.4, seed=3)])
+
+def saving_learner(path):
+    learn = digits_learner(path, [SaveModelCallback(fname='mine'), SaveModelCallback(fname=path/'absolute'), CSVLogger(path/'log.csv'),
+        EarlyStoppingCallback(patience=9)])
+    for name in ('models/mine.pth', 'absolute.pth', 'log.csv'):
+        (path/name).parent.mkdir(exist_ok=True)
+        (path/name).write_text("a user's file")
+    return learn
+
+def wrapped_learner(path):
+    "torch's loaders with generators of their own, torch's optimizer, and a loss in numbers"
+    items = [(x, x.mean((1,2))) for x,_ in pictures()]
+    def loader(o, **kwargs): return torch.utils.data.DataLoader(o, batch_size=10, **kwargs)
+    dls = DataLoaders(loader(items[:40], shuffle=True, generator=torch.Generator().manual_seed(5)), loader(items[40:]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    opt = OptimWrapper(trainable_params(model), torch.optim.AdamW)
+    return Learner(dls, model, loss_func=MSELossFlat(), opt_func=opt, path=path, lr=.01)
+
+KINDS = dict(pictures=digits_learner, tables=table_learner, text=text_learner, frozen=frozen_learner, precise=precise_learner,
+    mixing=mixing_learner, saving=saving_learner, wrapped=wrapped_learner)
+
+def made(kind, path):
+    "A learner of that kind, the same each time, without bars"
+    set_seed(7)
+    learn = KINDS[kind](path)
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+# As it was
+
+STATE = {random.Random: random.Random.getstate, np.random.RandomState: np.random.RandomState.get_state, torch.Generator: torch.Generator.get_state,
+    np.random.Generator: lambda g: g.bit_generator.state}
+
+PLAIN = str,bytes,int,float,complex,type(None),types.FunctionType,types.BuiltinFunctionType,type,types.ModuleType,torch.dtype,torch.device
+
+def values(t): return t.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b''
+
+def digest(o, seen=None):
+    "All that `o` reaches, as plain values that can be compared"
+    seen = {} if seen is None else seen
+    if isinstance(o, PLAIN): return repr(o)
+    if id(o) in seen: return seen[id(o)][1]
+    seen[id(o)] = o,f'#{len(seen)}'  # keeps it alive, so that no id comes twice
+    get = next((f for k,f in STATE.items() if isinstance(o, k)), None)
+    if get: return digest(get(o), seen)
+    if isinstance(o, torch.Tensor):
+        return type(o).__name__,o.dtype,o.device.type,o.requires_grad,tuple(o.shape),values(o),digest(o.grad, seen) if o.is_leaf else None
+    if isinstance(o, np.ndarray): return o.tobytes() if o.dtype!=object else [digest(v, seen) for v in o.flat]
+    if isinstance(o, functools.partial): return digest([o.func, o.args, o.keywords], seen)
+    if isinstance(o, dict): return {k if isinstance(k, (str, int)) else id(k): digest(v, seen) for k,v in o.items()}
+    if isinstance(o, (list, tuple, set)): return [digest(v, seen) for v in o]
+    if isinstance(o, (pd.DataFrame, pd.Series)): return o.to_csv()
+    return type(o).__name__,{k: digest(v, seen) for k,v in getattr(o, '__dict__', {}).items() if k!='lock'}
+
+def state(learn):
+    "All that the learner reaches, the random states, the files, and who is who"
+    files = {o: o.read_bytes() for o in learn.path.rglob('*') if o.is_file()}
+    who = id(learn.model),id(learn.opt),id(learn.dls),id(learn.loss_func),[id(cb) for cb in learn.cbs],[id(p) for p in learn.model.parameters()]
+    return digest(vars(learn)),digest([random.getstate(), np.random.get_state(), torch.get_rng_state()]),files,who
+
+def check_as_it_was(before, after):
+    for name,a,b in zip(('learner', 'random states', 'files', 'identities'), before, after):
+        if isinstance(a, dict): assert not [k for k in a.keys()|b.keys() if a.get(k)!=b.get(k)], name
+        assert a==b, name
+
+@pytest.mark.parametrize('fitted', [False, True], ids=['new', 'fitted'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_learner_is_as_it_was(kind, fitted, tmp_path):
+    learn = made(kind, tmp_path)
+    if fitted and kind!='saving': learn.fit(1)
+    before = state(learn)
+    c = learn.mix_find(1, [mixup(1.)], seeds=1)
+    check_as_it_was(before, state(learn))
+    assert len(c.runs)==(3 if kind=='mixing' else 2)
+
+@pytest.mark.parametrize('kind', [k for k in KINDS if k!='saving'])
+def test_training_goes_on_as_if_nothing_had_been(kind, tmp_path):
+    def losses(between):
+        learn = made(kind, tmp_path)
+        learn.fit(1)
+        between(learn)
+        learn.fit(1)
+        return torch.stack([o.cpu() for o in learn.recorder.losses]),digest(learn.model.state_dict())
+    (a,model_a),(b,model_b) = losses(noop),losses(lambda learn: learn.mix_find(1, [mixup(1.)], seeds=1))
+    assert torch.equal(a, b) and model_a==model_b
+
+class RaiseAt(Callback):
+    "Raises `exc` when `event` comes in the `nth` training step of a run; the measurement of the cost has six"
+    def __init__(self, event, exc, nth=7): self.event,self.exc,self.nth = event,exc,nth
+    def __call__(self, name):
+        if name==self.event and self.learn.training and self.learn.train_iter==self.nth-1: raise self.exc
+
+@pytest.mark.parametrize('kind', ['pictures', 'text', 'mixing', 'saving', 'wrapped'])
+@pytest.mark.parametrize('exc', [torch.cuda.OutOfMemoryError('full'), MemoryError('full'), ValueError('mine')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('event', ['after_pred', 'before_step'])
+def test_as_it_was_after_an_exception(kind, exc, event, tmp_path):
+    learn = made(kind, tmp_path)
+    if kind!='saving': learn.fit(1)
+    before = state(learn)
+    with pytest.raises(type(exc)): learn.mix_find(4, dict(none=None, bad=[RaiseAt(event, exc), MixUpCallback()]))
+    check_as_it_was(before, state(learn))
+
+class Trip:
+    "A forward hook of the user's that raises in its nth call"
+    def __init__(self, nth, exc): self.left,self.exc = nth,exc
+    def __call__(self, *args):
+        self.left -= 1
+        if not self.left: raise self.exc
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), RuntimeError('in forward')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('nth', [1, 3, 70])
+def test_as_it_was_after_an_exception_in_forward_before_a_run_is_finished(exc, nth, tmp_path):
+    "in the measurement of the cost, or in the first run"
+    learn = made('pictures', tmp_path)
+    learn.fit(1)
+    trip = Trip(nth, exc)
+    learn.model[0].register_forward_pre_hook(trip)
+    before = state(learn)
+    with pytest.raises(type(exc)): learn.mix_find(50, [MixUpCallback(at=lambda m: [m[2]])])
+    assert trip.left==0
+    trip.left = nth
+    check_as_it_was(before, state(learn))
+
+@pytest.mark.parametrize('kind', ['pictures', 'tables', 'text', 'frozen', 'precise', 'mixing', 'wrapped'])
+def test_an_interrupt_returns_what_is_finished(kind, tmp_path):
+    learn,fits = made(kind, tmp_path),[]
+    learn.fit(1)
+    before = state(learn)
+    def fit(learn, epochs):
+        fits.append(learn)
+        if len(fits)==6: learn.add_cb(RaiseAt('after_backward', KeyboardInterrupt(), 2))
+        learn.fit_one_cycle(epochs)
+    c = learn.mix_find(1, dict(none=None, a=mixup(1.)) , seeds=[5, 3, 9, 1], fit=fit)
+    check_as_it_was(before, state(learn))
+    assert len(c.runs)==5 and 'Stopped: 5 of' in repr(c)
+    assert [o.seed for o in c.runs][:2]==[5, 5] and c.seeds==(1 if kind=='mixing' else 2)
+
+def test_a_cancelled_fit_counts_as_far_as_it_went(tmp_path):
+    learn = made('pictures', tmp_path)
+    before = state(learn)
+    c = learn.mix_find(3, dict(none=None, stops=RaiseAt('before_batch', CancelFitException(), 9)), seeds=2)
+    check_as_it_was(before, state(learn))
+    assert {o.name: len(o.curves['accuracy']) for o in c.runs}==dict(none=3, stops=2)
+    c = learn.mix_find(1, dict(none=None, stops=RaiseAt('before_batch', CancelFitException(), 1)), seeds=2)  # not one epoch
+    assert c.verdict('stops')==LOSS
+
+# Pairs
+
+LOG = []
+
+class Noted(nn.Module):
+    "Dropout's kind of module: draws in training"
+    def forward(self, x):
+        if self.training: LOG.append(torch.rand(()).item())
+        return x
+
+class Rows(Callback):
+    "The batch before it is mixed"
+    order = -5
+    def before_batch(self):
+        if self.training: LOG.append(self.xb[0].double().sum().item())
+
+def noisy_learner(path='.'):
+    def augment(b): return b[0]+torch.randn_like(b[0])*random.random(),b[1]
+    items = pictures()
+    train = DataLoader(items[:40], bs=10, shuffle=True, after_batch=augment)
+    return Learner(DataLoaders(train, DataLoader(items[40:], bs=10)), nn.Sequential(Noted(), net()), loss_func=CrossEntropyLossFlat(),
+        metrics=accuracy, cbs=Rows(), path=path, default_cbs=False).add_cbs([TrainEvalCallback(), Recorder()])
+
+ALL = dict(none=None, ours=mixup(1.), cut=cutmix(1.), theirs=MixUp(.4), box=CutMix, hidden=MixUpCallback(1., at=lambda m: [m[0], m[1][1]]))
+
+def draws_of_runs(find):
+    "What `find` draws in each run"
+    starts,LOG[:] = [],[]
+    def fit(learn, epochs):
+        starts.append(len(LOG))
+        learn.fit(epochs)
+        starts.append(len(LOG))
+    c = find(fit)
+    return {(o.name, o.seed): LOG[a:b] for o,a,b in zip(c.runs, starts[::2], starts[1::2])}
+
+@pytest.mark.parametrize('how', ['find', 'fits'])
+def test_a_pair_has_the_same_batches_and_draws(how):
+    "whoever mixes, with whatever generator; another seed has others"
+    if how=='find': draws = draws_of_runs(lambda fit: noisy_learner().mix_find(2, ALL, seeds=2, fit=fit))
+    else: draws = draws_of_runs(lambda fit: compare_fits(lambda seed: noisy_learner(), ALL, 2, seeds=2, fit=fit))
+    assert list(draws)==[(n, s) for s in (0, 1) for n in ALL]  # interleaved: one seed after another
+    for s in (0, 1): assert len(draws['none', s])==16 and all(draws[n, s]==draws['none', s] for n in ALL)
+    assert not set(draws['none', 0]) & set(draws['none', 1]) and len(set(draws['none', 0]))==16
+
+def test_each_run_starts_at_the_present_weights(tmp_path):
+    learn,starts = made('pictures', tmp_path),[]
+    def fit(learn, epochs):
+        starts.append(digest(learn.model.state_dict()))
+        learn.fit(epochs)
+    learn.fit(1)
+    now = digest(learn.model.state_dict())
+    learn.mix_find(1, [mixup(1.)], seeds=2, fit=fit)
+    assert starts==[now]*4
+
+def test_new_learners_start_alike_in_a_pair_and_seeds_differ():
+    starts = {}
+    def make(seed):
+        learn = digits_learner('.')
+        starts.setdefault(seed, []).append(digest(learn.model.state_dict()))
+        return learn
+    before = digest([random.getstate(), np.random.get_state(), torch.get_rng_state()])
+    c = compare_fits(make, [mixup(1.)], 1, seeds=[4, 7])
+    assert before==digest([random.getstate(), np.random.get_state(), torch.get_rng_state()])
+    assert [(o.name, o.seed) for o in c.runs]==[('none', 4), ('mixup(1.0)', 4), ('none', 7), ('mixup(1.0)', 7)]
+    assert all(o==v[0] for v in starts.values() for o in v) and starts[4][0]!=starts[7][0]
+
+def test_a_comparison_repeats_itself(tmp_path):
+    learn = made('pictures', tmp_path)
+    a,b = (learn.mix_find(2, [mixup(1.), MixUp(1.)], seeds=2) for _ in range(2))
+    assert [o.curves for o in a.runs]==[o.curves for o in b.runs]
+    assert a.runs[0].curves!=a.runs[1].curves and a.runs[0].curves!=a.runs[3].curves
+
+def test_the_plain_run_is_a_plain_fit(tmp_path):
+    "with the learner's own rate and schedule"
+    learn,rates = made('pictures', tmp_path),[]
+    def fit(learn, epochs):
+        learn.fit_one_cycle(epochs)
+        rates.append(learn.recorder.lrs)
+    a,b = learn.mix_find(2, [mixup(1.)], seeds=1, fit=fit),learn.mix_find(2, [mixup(1.)], seeds=1)
+    assert [o.curves for o in a.runs]==[o.curves for o in b.runs] and max(rates[0])<=.01
+    c = learn.mix_find(2, [mixup(1.)], seeds=1, fit=Learner.fit)
+    assert c.runs[0].curves!=a.runs[0].curves
+
+# What is compared
+
+def test_default_candidates(tmp_path):
+    switch = 'one_of(mixup(0.4), cutmix(1.0))'
+    assert list(default_candidates(torch.zeros(2, 3, 8, 8)))==['none', 'mixup(0.2)', 'mixup(1.0)', 'cutmix(1.0)', switch]
+    for x in (torch.zeros(2, 3, 8), torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)): assert switch in default_candidates(x)
+    for x in (torch.zeros(2, 3), torch.zeros(2, 3, 8).long(), torch.zeros(2, 3, 0), 'a'): assert list(default_candidates(x))==['none', 'mixup(0.2)', 'mixup(1.0)']
+    for kind,n in (('pictures', 5), ('tables', 3), ('text', 3), ('wrapped', 5)): assert len(made(kind, tmp_path).mix_find(1, seeds=1).names)==n
+
+def test_candidates_by_list_and_by_name():
+    cb = MixUp(.3)
+    assert as_candidates([mixup(.2), cb, MixUp])=={'none': [], 'mixup(0.2)': [mixup(.2)], 'MixUp': [cb], 'MixUp #2': [MixUp]}
+    assert list(as_candidates(dict(mix=[mixup(.2), EarlyStoppingCallback()], plain=None)))==['plain', 'mix']
+    assert as_candidates(mixup(.2))==as_candidates([None, mixup(.2)])
+    assert list(as_candidates([[mixup(.2), cb]]))==['none', 'mixup(0.2)+MixUp']
+    assert list(as_candidates(dict(none=mixup(.2))))==['none #2', 'none']
+    assert list(as_candidates([one_of(mixup(.4), cutmix(1.), weights=[1., 3.])]))[1]=='one_of(mixup(0.4), cutmix(1.0), weights=[1.0, 3.0])'
+
+@pytest.mark.parametrize('theirs', [False, True])
+def test_a_mixing_callback_on_board_is_one_of_the_candidates(theirs, tmp_path):
+    own,mixers = MixUp(.4) if theirs else MixUpCallback(.4, p=.5),[]
+    learn = digits_learner(tmp_path, [own])
+    def fit(learn, epochs): mixers.append([(type(cb), cb is own) for cb in learn.cbs if 'Mix' in type(cb).__name__])
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(1, [cutmix(1.)], seeds=1, fit=fit)
+    assert c.names==['none', 'cutmix(1.0)', 'MixUp (yours)' if theirs else 'mixup(0.4) (yours)']
+    assert mixers==[[], [(MixCallback, False)], [(type(own), False)]] and own in learn.cbs and own.learn is learn
+
+def test_the_suggestion_is_ready_to_use(tmp_path):
+    learn = made('pictures', tmp_path)
+    c = learn.mix_find(1, dict(none=None, rec=mixup(.3), cls=MixUp, both=[cutmix(.5), EarlyStoppingCallback(patience=2)], own=MixUpCallback(.1, seed=4)), seeds=1)
+    made_ = {k: f() for k,f in c.suggestions.items()}
+    assert made_['rec'].recipe==mixup(.3) and made_['rec'].seed is None and type(made_['cls']) is MixUp and made_['own'].seed==4
+    assert made_['both'][0].recipe==cutmix(.5) and made_['both'][1].patience==2 and 'none' not in made_
+    for cb in made_.values(): learn.fit(1, cbs=cb)
+
+def test_callbacks_are_fresh_in_every_run_and_writers_stay_out(tmp_path):
+    learn,seen = made('saving', tmp_path),[]
+    def fit(learn, epochs):
+        seen.append({type(cb).__name__: cb for cb in learn.cbs})
+        learn.fit(epochs)
+    learn.mix_find(1, [EarlyStoppingCallback()], seeds=2, fit=fit)
+    assert not {'SaveModelCallback', 'CSVLogger', 'ProgressCallback'} & {k for o in seen for k in o}
+    assert len({id(o['EarlyStoppingCallback']) for o in seen})==4 and learn.early_stopping not in [o['EarlyStoppingCallback'] for o in seen]
+
+class Writer(Callback):
+    "Saves the model wherever the learner is told to, in every epoch"
+    def after_epoch(self): self.learn.save('mine')
+
+def test_what_a_callback_writes_goes_elsewhere(tmp_path):
+    learn = digits_learner(tmp_path, [Writer()])
+    learn.save('mine')
+    before = (tmp_path/'models'/'mine.pth').read_bytes()
+    with learn.no_bar(), learn.no_logging(): learn.mix_find(1, [mixup(1.)], seeds=1)
+    assert before==(tmp_path/'models'/'mine.pth').read_bytes() and len(list(tmp_path.rglob('*.pth')))==1
+
+# What is measured
+
+def test_the_metric_that_decides(tmp_path):
+    def hits(pred, y): return (pred.argmax(1)==y).float().mean()
+    learn = made('pictures', tmp_path)
+    learn.metrics = [hits, error_rate]
+    with pytest.raises(ValueError, match="'hits'.*lower_is_better"): learn.mix_find(1)
+    quick = dict(candidates=[mixup(1.)], seeds=1)
+    assert learn.mix_find(1, **quick, lower_is_better=False).lower is False
+    for m in ('error_rate', error_rate): assert learn.mix_find(1, **quick, metric=m).metric=='error_rate'
+    assert learn.mix_find(1, **quick, metric='loss').lower
+    with pytest.raises(ValueError, match="metric='dice' is not measured.*hits"): learn.mix_find(1, metric='dice')
+    learn.metrics = []
+    assert learn.mix_find(1, **quick).metric=='loss'
+
+def test_a_recorder_of_training_metrics(tmp_path):
+    learn = made('pictures', tmp_path)
+    plain = learn.mix_find(2, [mixup(1.)], seeds=1)
+    for kw in (dict(train_metrics=True), dict(train_metrics=True, valid_metrics=False)):
+        learn.remove_cb(Recorder)
+        learn.add_cb(Recorder(**kw))
+        assert [o.curves for o in learn.mix_find(2, [mixup(1.)], seeds=1).runs]==[o.curves for o in plain.runs]
+
+def test_costs_are_measured_for_every_candidate(tmp_path):
+    c = made('pictures', tmp_path).mix_find(1, [mixup(1.), MixUp], seeds=1)
+    assert c.costs['none']==1 and set(c.costs)==set(c.names) and all(0<o<100 for o in c.costs.values())
+    assert all(o.seconds>0 for o in c.runs)
+
+def test_the_gap_is_between_losses_in_eval_mode_and_unmixed(tmp_path):
+    set_seed(0)
+    items = pictures()
+    dls = DataLoaders.from_dsets(items[:20], items[20:], bs=10, num_workers=0, device='cpu')
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(64, 10))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(1, [mixup(1.)], seeds=2, fit=noop)
+    model.eval()
+    def loss(rows):
+        x,y = map(torch.stack, zip(*rows))
+        with torch.no_grad(): return nn.functional.cross_entropy(model(x), y).item()
+    assert np.allclose(c.gap, [loss(items[:20]), loss(items[20:])])
+    assert [o.gap is None for o in c.runs]==[False, True]*2
+
+def test_the_gap_reads_no_more_training_rows_than_there_are_validation_rows(tmp_path):
+    LOG[:] = []
+    class Count(nn.Module):
+        def forward(self, x):
+            if not self.training: LOG.append(len(x))
+            return x
+    items = pictures()
+    dls = DataLoaders.from_dsets(items[:50], items[50:], bs=5, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(Count(), net()), loss_func=CrossEntropyLossFlat(), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.mix_find(1, [mixup(1.)], seeds=1, fit=noop)
+    assert sum(LOG)==20
+
+# What is said
+
+def test_a_bar_and_the_expected_time(tmp_path, capsys):
+    learn = digits_learner(tmp_path)
+    learn.mix_find(2, [mixup(1.)], seeds=1)
+    out = capsys.readouterr().out
+    assert out.count('2 runs of 2 epochs: about') == 1 and '[4/4' in out and 'mixup(1.0), seed 0' in out
+    with learn.no_bar(): learn.mix_find(2, [mixup(1.)], seeds=1)
+    out = capsys.readouterr().out
+    assert out.startswith('2 runs of 2 epochs: about') and out.count('\n')==1
+    with learn.no_bar(), learn.no_logging(): learn.mix_find(2, [mixup(1.)], seeds=1)
+    assert capsys.readouterr().out==''
+
+BAD = [
+    (dict(epochs=0), ValueError, 'epochs=0 must be a whole number of at least 1'),
+    (dict(epochs=1.5), ValueError, 'epochs=1.5'),
+    (dict(epochs=True), ValueError, 'epochs=True'),
+    (dict(seeds=0), ValueError, 'seeds=0'),
+    (dict(seeds=[1, 1]), ValueError, r'seeds=\[1, 1\]'),
+    (dict(seeds=[]), ValueError, r'seeds=\[\]'),
+    (dict(candidates=[]), ValueError, 'at least one recipe'),
+    (dict(candidates=[None]), ValueError, 'at least one recipe'),
+    (dict(candidates='mixup'), TypeError, "candidates='mixup' must be a list"),
+    (dict(candidates=[.4]), TypeError, '0.4.*must be a recipe'),
+    (dict(candidates=dict(a=nn.ReLU)), TypeError, "candidate 'a'.*must be a recipe"),
+    (dict(candidates=.4), TypeError, 'candidates=0.4'),
+    (dict(fit=3), TypeError, 'fit=3'),
+    (dict(metric='dice'), ValueError, "metric='dice'"),
+]
+@pytest.mark.parametrize('kwargs,error,words', BAD)
+def test_bad_arguments_are_refused_before_training(kwargs, error, words, tmp_path):
+    learn = made('pictures', tmp_path)
+    learn.model.register_forward_pre_hook(Trip(1, AssertionError('it trained')))
+    before = state(learn)
+    with pytest.raises(error, match=words): learn.mix_find(**dict(epochs=1) | kwargs)
+    check_as_it_was(before, state(learn))
+
+def test_no_validation_set(tmp_path):
+    items = pictures()
+    one = DataLoader(items, bs=10)
+    for loaders in ([one], [one, DataLoader(items[:0], bs=10)]):
+        learn = Learner(DataLoaders(*loaders), net(), loss_func=CrossEntropyLossFlat(), path=tmp_path)
+        with pytest.raises(ValueError, match='no validation batches.*split the data'): learn.mix_find(1)
+    learn = Learner(DataLoaders(DataLoader(items, bs=100, drop_last=True), one), net(), loss_func=CrossEntropyLossFlat(), path=tmp_path)
+    with pytest.raises(ValueError, match='no training batches'): learn.mix_find(1)
+
+class DistributedTrainer(Callback): pass
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match='distrib_ctx'): digits_learner(tmp_path, [DistributedTrainer()]).mix_find(1)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(RuntimeError, match='distrib_ctx'): digits_learner(tmp_path).mix_find(1)
+
+class Uncopyable(Callback):
+    def __deepcopy__(self, memo): raise ValueError('it has an open file')
+
+def test_a_callback_that_cant_be_copied_is_named(tmp_path):
+    learn = made('pictures', tmp_path)
+    learn.add_cb(Uncopyable())
+    before = state(learn)
+    with pytest.raises(TypeError, match="Uncopyable can't be copied.*open file.*remove it"): learn.mix_find(1)
+    check_as_it_was(before, state(learn))
