@@ -178,18 +178,34 @@ def result(name):
     words = f"**{kept['claim']}: {overall(pairs)}.**\n\n{table(head, rows_of(pairs)).data}\n\n{words}"
     return Markdown(words.replace('difference of 0 in', 'difference of any size in'))
 
-def forest(*names, legend="change in % of the mean without mixing; ← better"):
+def lines(names):
+    "A label, a change and a band for each comparison that is kept under `names`"
+    kept = {o: load(o) for o in names}
+    for name,o in kept.items():
+        measures = {k['measure'] for other,k in kept.items() if other[:2]==name[:2]}
+        page = f'{name[:2]}: ' if len({o[:2] for o in names})>1 else ''
+        unit = f" ({o['measure']})" if len(measures)>1 else ''
+        base = '' if o['columns'][0] in ('plain', 'none') else f", against {o['columns'][0]}"
+        for pair,verdict in zip(kept_pairs(o), bands(kept_pairs(o))): yield f'{page}{pair.setting}{base}{unit}', pair.change, verdict
+
+def forest(*names):
     "All comparisons that are kept under `names`, in three bands"
-    found = [(o, verdict, f'{n[:2]}: ' if len(names)>1 else '') for n in names for pairs in [kept_pairs(load(n))]
-        for o,verdict in zip(pairs, bands(pairs))]
-    found.sort(key=lambda o: o[0].change.mean)
-    names_ = [f'{n}{o.setting}' + '\u200b'*k for k,(o,_,n) in enumerate(found)]  # no two are the same
-    fig,ax = plt.subplots(figsize=(8, .8+.19*len(found)), layout='constrained')
-    plot_forest(ax, {k: o[0].change for k,o in zip(names_, found)}, {k: o[1] for k,o in zip(names_, found)})
-    labels = [o.get_text().partition('\n')[0].replace('\u200b', '') for o in ax.get_yticklabels()]
+    found = sorted(lines(names), key=lambda o: o[1].mean)
+    fig,ax = plt.subplots(figsize=(9, .8+.19*len(found)), layout='constrained')
+    plot_forest(ax, {o: change for o,change,_ in found}, {o: verdict for o,_,verdict in found})
+    labels = [o.get_text().partition('\n')[0] for o in ax.get_yticklabels()]
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
-    ax.set(xlabel=legend, xlim=[np.clip(o, -120, 120) for o in ax.get_xlim()])
+    if max(abs(o.high) for _,o,_ in found)>200: log_scale(ax)
+    ax.set_xlabel('change in % of the mean without mixing; ← better')
     return show(fig, 64)
+
+def log_scale(ax):
+    "Beyond 20 % a logarithmic scale; intervals of a measure that is never negative may reach below -100 %"
+    ticks = -100, -50, -20, 0, 20, 50, 100, 300, 1000
+    ax.set_xscale('symlog', linthresh=20)
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+    ax.set_xlim(np.clip(ax.get_xlim(), -150, 1500))
 
 def band(ax, x, runs, label, **kwargs):
     "The mean of `runs` (seeds, points), in a band of one standard deviation"
