@@ -19,7 +19,8 @@ except ImportError: import tomli as tomllib  # Python 3.10
 root = Path(__file__).parents[1]
 package = root/'fastai_mixup_ext'
 project = tomllib.loads((root/'pyproject.toml').read_text())['project']
-layers = [o.stem.split('_', 1)[1] for o in sorted((root/'nbs/api').glob('[0-9]*.ipynb'))]  # a module's number is its layer
+api = root/'nbs/api'
+layers = [o.stem.split('_', 1)[1] for folder in (api, api/'demo') for o in sorted(folder.glob('[0-9]*.ipynb'))]  # a module's number is its layer
 
 def names(reqs): return {o.name.lower() for o in map(Requirement, reqs) if 'extra' not in str(o.marker)}
 
