@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -166,7 +167,7 @@ def _called(f, pred, yb):
 # %% ../nbs/api/06_losses.ipynb #mixed
 def mixed_loss(
     loss_func:Callable, # Any loss: called as `loss_func(pred, *yb)`
-    pred, # What the model says about the mixed inputs
+    pred:Any, # What the model says about the mixed inputs
     yb:Tensor|Sequence, # The targets, not mixed: one tensor, or several, with n rows each
     mix:Mix # The mix that the inputs were blended with
 )->Tensor: # Reduced as `loss_func` reduces
@@ -181,7 +182,7 @@ def mixed_loss(
 
 def source_loss(
     loss_func:Callable, # Any loss
-    pred, # What the model says about the mixed inputs
+    pred:Any, # What the model says about the mixed inputs
     sources:list # What `Mix.sources` returns: [(targets, share)]
 )->Tensor: # Reduced as `loss_func` reduces
     "The loss of targets that count by shares"
