@@ -139,7 +139,8 @@ def load(
     found # From `find_pictures`; None: the digits
 ):
     "The pictures, and the sentences on them said"
-    with leaving_at_once(): from fastai_mixup_ext.demo_pictures import digits, from_folder
+    with leaving_at_once():
+        from fastai_mixup_ext.demo_pictures import digits, from_folder
     pics = from_folder(args.data, args.size or SIZE_FOLDER, found, say) if found else digits(args.size or SIZE_DIGITS)
     for o in pics.said: say(o)
     return pics
@@ -180,7 +181,8 @@ def demonstrate(args)->bool: # Are all runs finished?
     found = find_pictures(args.data) if args.data else None
     check_out(args.out)
     pics = load(args, found)
-    with leaving_at_once(): from fastai_mixup_ext import demo_report, demo_runs
+    with leaving_at_once():
+        from fastai_mixup_ext import demo_report, demo_runs
     noise = args.noise if args.noise is not None else 0. if found else NOISE
     setting = demo_runs.Setting(pics, noise, args.bs, demo_runs.pick_device(args.device))
     what = described(pics, noise, setting.device)

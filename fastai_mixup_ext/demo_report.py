@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from .callback import MixCallback
 from .compare import Comparison, Run
-import fastai_mixup_ext.show  # noqa: F401 gives every learner `show_mixed_batch`
+from . import show  # noqa: F401 gives every learner `show_mixed_batch`
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #table
 def milliseconds(
