@@ -175,7 +175,7 @@ def mixed_loss(
     check_mix(mix, 'mixed_loss')
     yb = tuple(yb) if is_sequence(yb) else (yb,)
     check_targets(yb, len(mix))
-    check_positions(yb, mix)
+    if mix.mask is not None: check_positions(yb, mix)
     numbers = as_numbers(loss_func, yb)
     if any(a is not b for a,b in zip(yb, numbers)): check_sizes(loss_func, pred, yb)
     return source_loss(loss_func, pred, mix.sources(numbers))
@@ -187,7 +187,7 @@ def source_loss(
 )->Tensor: # Reduced as `loss_func` reduces
     "The loss of targets that count by shares"
     if len(sources)==1: return loss_func(pred, *sources[0][0])
-    if all(is_number(y) for targets,_ in sources for y in targets): return loss_func(pred, *_blended(sources))
+    if all(map(is_number, sources[0][0])): return loss_func(pred, *_blended(sources))
     f = uncompiled(loss_func)
     spec = as_classes(f)
     if spec and len(sources[0][0])==1 and isinstance(pred, Tensor):
