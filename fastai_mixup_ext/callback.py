@@ -335,7 +335,7 @@ def _learner(self): return self._learn
 def _learner(self, learn):
     old = self._learn
     if old is not None and old is not learn:
-        self._give_back()
+        if self._batch.away is not None: self.after_loss()  # targets and loss, whoever comes next
         self._clear()
         if learn is not None and self in old.cbs: _leave_twin(self, old)
     self.__dict__['_learn'] = learn
