@@ -151,11 +151,16 @@ def _share_of_batch(share):
     return first + (share-first).mean()
 
 def _aside(f):
-    "A copy whose attributes and buffers may change; a function is itself"
-    if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule): return f
+    "A copy whose attributes, buffers and parts may change, with the same weights; a function is itself"
+    if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule) or not hasattr(f, '__dict__'): return f
     try: g = copy(f)
     except TypeError: return f  # it holds what can't be copied
-    if isinstance(g, nn.Module): g._buffers = {k:None if b is None else b.clone() for k,b in g._buffers.items()}
+    if g is f: return f
+    vars(g).update({k:copy(v) for k,v in vars(g).items() if isinstance(v, (list, dict, set))})
+    if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(g.func)
+    if isinstance(g, nn.Module):
+        g._buffers.update({k:b.clone() for k,b in g._buffers.items() if b is not None})
+        g._modules.update({k:_aside(m) for k,m in g._modules.items()})
     return g
 
 def _called(f, pred, yb):
