@@ -145,7 +145,9 @@ def load(
     for o in pics.said: say(o)
     return pics
 
-def say(line): print(line, flush=True)
+def say(line:str):
+    "Print `line`; on a terminal it takes the place of a progress bar"
+    print(f'\r\x1b[K{line}' if sys.stdout.isatty() else line, flush=True)
 
 # %% ../nbs/api/demo/04_demo.ipynb #run
 def compare(
