@@ -101,7 +101,7 @@ class MixCallback(Callback):
     def before_batch(self):
         "Draw a mix, mix the inputs, and shuffle the targets"
         self._clear()
-        recipe = self._chosen()
+        recipe = None if self.learn is None else self._chosen()  # None: another callback has just removed us
         if recipe is None: return
         module = self._chosen_place()
         if module is not None: self._batch.place = Place(self.learn.model, module, lambda out: self._mix_output(recipe, out))
@@ -245,7 +245,7 @@ def _draw(self:MixCallback, recipe, x, yb):
 def _pair(self:MixCallback, yb):
     "Shuffle the targets: which count, and how much. Those that can be blended or pasted take their place at once"
     b = self._batch
-    check_positions(yb, b.mix)
+    if b.mix.mask is not None: check_positions(yb, b.mix)
     ys = L(map(plain, yb))
     b.own,b.floated = yb,self._loss.numbers and not all(map(is_number, ys))
     if b.floated: ys = L(as_numbers(self.learn.loss_func, ys))
@@ -335,7 +335,8 @@ def _learner(self): return self._learn
 def _learner(self, learn):
     old = self._learn
     if old is not None and old is not learn:
-        self._give_back()
+        if self._batch.away is not None: self.after_loss()  # targets and loss, whoever comes next
+        self._clear()
         if learn is not None and self in old.cbs: _leave_twin(self, old)
     self.__dict__['_learn'] = learn
 

@@ -1,7 +1,10 @@
-"""What the evidence pages share: data, training on tensors in memory, paired statistics over seeds, tables, and the files of results.
+"""What the evidence pages share: data, training on tensors in memory, tables of effects, and the files of results.
 
-A page runs small by default, as a test; `MIXUP_EVIDENCE=full` makes it the whole experiment, whose results are kept."""
-import io, json, math, os
+A page runs small by default, as a test; `MIXUP_EVIDENCE=full` makes it the whole experiment, whose results are kept. Every page shows
+kept results first; after a whole run `python nbs/evidence/harness.py` makes these cells anew."""
+import io, json, math, os, sys
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version  # noqa: F401 (for the pages)
 from pathlib import Path
 
 import matplotlib.pyplot as plt  # noqa: F401 (for the pages)
@@ -12,11 +15,12 @@ from fastai.callback.progress import ProgressCallback  # noqa: F401 (gives a lea
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 (gives it this method)
 from IPython.display import Image, Markdown
 from PIL import Image as Picture
-from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 from torch import nn
 
 from fastai_mixup_ext import MixUpCallback
+from fastai_mixup_ext.compare import GAIN, LOSS, UNSURE, plot_forest
+from fastai_mixup_ext.effects import Effect, holm, paired, smallest_effect
 
 torch.set_num_threads(1)  # the networks are small
 full = os.environ.get('MIXUP_EVIDENCE')=='full'
@@ -88,58 +92,120 @@ def test_error(learn, x, y): return error(learn.model(x), y)
 
 def error_by_epoch(learn): return [float(o[-1]) for o in learn.recorder.values]
 
-# Statistics
+# Statistics: those of the package
 
 def mean_sd(values): return f'{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}'
 
-class Comparison:
-    "A value for each seed without and with mixup; a paired t-test says whether they differ as claimed: downwards, or upwards if `higher`"
-    def __init__(self, setting, plain, mixup, higher=False):
-        self.setting,self.plain,self.mixup,self.higher = setting,list(map(float, plain)),list(map(float, mixup)),higher
-        diff = np.subtract(self.mixup, self.plain)
-        self.diff,self.p = diff.mean(), ttest_rel(self.mixup, self.plain).pvalue if diff.std()>0 else 1.
+@dataclass
+class Pair:
+    "A value for each seed without and with mixing. All measures here are better if lower; `higher`: the claim is that mixing raises it"
+    setting:str
+    plain:list
+    mixup:list
+    higher:bool=False
+    def __post_init__(self): self.plain,self.mixup = list(map(float, self.plain)),list(map(float, self.mixup))
 
     @property
-    def verdict(self):
-        if self.p>=.05: return 'not shown'
-        return 'confirmed' if (self.diff>0)==self.higher else 'contrary'
+    def effect(self): return paired(self.mixup, self.plain)
 
-    def cells(self):
-        p = f'{self.p:.2g}' if self.p>=.001 else '< 0.001'
-        return self.setting, mean_sd(self.plain), mean_sd(self.mixup), f'{self.diff if abs(self.diff)>1e-6 else 0:+.2g}', p, self.verdict
+    @property
+    def change(self):
+        "The effect in per cent of the mean without mixing"
+        e,unit = self.effect,100/np.mean(self.plain)
+        return Effect(e.mean*unit, e.low*unit, e.high*unit, e.p, e.sd*unit, e.n)
 
-def overall(comparisons):
-    "One verdict on all `comparisons`"
-    found = [c.verdict for c in comparisons]
-    if len(set(found))==1: return found[0]
-    return ', '.join(f'{o} in {found.count(o)} of {len(found)}' for o in ('confirmed', 'contrary') if o in found)
+def corrected(pairs): return holm([o.effect.p for o in pairs])
+
+def bands(pairs):
+    "For each pair clear gain, can't tell, or clear loss; p after Holm over all of them decides"
+    return [UNSURE if not p<.05 else GAIN if o.effect.mean<0 else LOSS for o,p in zip(pairs, corrected(pairs))]
+
+def visible(pairs):
+    "For each pair the smallest true difference that its seeds show with a chance of 80 %"
+    return [smallest_effect(o.effect.sd, o.effect.n, .05/len(pairs)) for o in pairs]
+
+def overall(pairs):
+    "How many of `pairs` are in each band"
+    found = bands(pairs)
+    return ', '.join(f'{o} in {found.count(o)}' for o in (GAIN, UNSURE, LOSS) if o in found) + f' of {len(found)}'
 
 # Pages
 
 def label(alpha): return f'mixup, alpha={alpha:g}' if alpha else 'plain'
 
+def passes(data, epochs, steps=10, bs=50):
+    "How often `epochs` of `steps` batches go over the rows of `data`"
+    return epochs*steps*min(bs, len(data[0]))/len(data[0])
+
 def table(head, rows):
     "A Markdown table"
     return Markdown('\n'.join('| '+' | '.join(map(str, o))+' |' for o in (head, ['---']*len(head), *rows)))
 
-def conclude(name, claim, paper, measure, comparisons, columns=('plain', 'mixup')):
-    "The comparisons and the verdict. The whole experiment writes them to `results/name.json`; a quick one must fit what is kept there"
-    rows = [dict(setting=c.setting, higher=c.higher, plain=c.plain, mixup=c.mixup) for c in comparisons]
-    kept = dict(claim=claim, paper=paper, measure=measure, columns=list(columns), comparisons=rows)
+def keep(name, claim, paper, measure, pairs, columns=('plain', 'mixup'), **more):
+    "The whole experiment writes its `pairs` to `results/name.json`; a quick one must fit what is kept there"
+    kept = dict(claim=claim, paper=paper, measure=measure, columns=list(columns), comparisons=[asdict(o) for o in pairs], **more)
     file = results/f'{name}.json'
     if full: file.write_text(json.dumps(kept, indent=1, ensure_ascii=False)+'\n')
     else: check_kept(json.loads(file.read_text()), kept)
-    body = table((measure, *columns, 'difference', 'p', 'claim'), [c.cells() for c in comparisons])
-    seeds = len(comparisons[0].plain)
-    return Markdown(f'{body.data}\n\n{seeds} seeds, mean ± standard deviation, paired t-test. **{claim}: {overall(comparisons)}.**')
-
-def kept_comparisons(kept): return [Comparison(**o) for o in kept['comparisons']]
 
 def check_kept(kept, now):
     "The kept results must be those of this page: the same words, and its settings among theirs"
     stale = [o for o in ('claim', 'paper', 'measure', 'columns') if kept[o]!=now[o]]
     stale += {c['setting'] for c in now['comparisons']} - {c['setting'] for c in kept['comparisons']}
     assert not stale, f'{stale} differ from the results that are kept: run the page with MIXUP_EVIDENCE=full'
+
+def load(name): return json.loads((results/f'{name}.json').read_text())
+def kept_pairs(kept): return [Pair(**o) for o in kept['comparisons']]
+
+def plain_number(v): return f'{v:.0f}' if abs(v)>=10 else f'{v:.2g}'
+
+def rows_of(pairs):
+    "The cells of the table: means, difference with its interval, p, band, and what the seeds could have shown"
+    for o,p,verdict,least in zip(pairs, corrected(pairs), bands(pairs), visible(pairs)):
+        e = o.effect
+        e = replace(e, mean=e.mean if abs(e.mean)>1e-6*np.mean(o.plain) else 0.)  # rounding
+        words = f'{e.mean:+.2g} [{e.low:+.2g}, {e.high:+.2g}]'
+        p = f'{p:.2g}' if p>=.001 else '< 0.001'
+        yield o.setting, mean_sd(o.plain), mean_sd(o.mixup), words, p, verdict, plain_number(least)
+
+def result(name):
+    "What is kept of a page: verdict, table, and the size of effect that could have been seen"
+    kept = load(name)
+    pairs,least = kept_pairs(kept), visible(kept_pairs(kept))
+    head = kept['measure'], *kept['columns'], 'difference, 95 % interval', 'p (Holm)', 'band', 'smallest visible'
+    words = f'{len(pairs[0].plain)} seeds, paired; mean ± standard deviation. With a chance of 80 % they show a true difference of'
+    words += f' {plain_number(min(least))} in the steadiest comparison, of {plain_number(max(least))} in the noisiest.'
+    words = f"**{kept['claim']}: {overall(pairs)}.**\n\n{table(head, rows_of(pairs)).data}\n\n{words}"
+    return Markdown(words.replace('difference of 0 in', 'difference of any size in'))
+
+def lines(names):
+    "A label, a change and a band for each comparison that is kept under `names`"
+    kept = {o: load(o) for o in names}
+    for name,o in kept.items():
+        measures = {k['measure'] for other,k in kept.items() if other[:2]==name[:2]}
+        page = f'{name[:2]}: ' if len({o[:2] for o in names})>1 else ''
+        unit = f" ({o['measure']})" if len(measures)>1 else ''
+        base = '' if o['columns'][0] in ('plain', 'none') else f", against {o['columns'][0]}"
+        for pair,verdict in zip(kept_pairs(o), bands(kept_pairs(o))): yield f'{page}{pair.setting}{base}{unit}', pair.change, verdict
+
+def forest(*names):
+    "All comparisons that are kept under `names`, in three bands"
+    found = sorted(lines(names), key=lambda o: o[1].mean)
+    fig,ax = plt.subplots(figsize=(9, .8+.19*len(found)), layout='constrained')
+    plot_forest(ax, {o: change for o,change,_ in found}, {o: verdict for o,_,verdict in found})
+    labels = [o.get_text().partition('\n')[0] for o in ax.get_yticklabels()]
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    if max(abs(o.high) for _,o,_ in found)>200: log_scale(ax)
+    ax.set_xlabel('change in % of the mean without mixing; ← better')
+    return show(fig, 64)
+
+def log_scale(ax):
+    "Beyond 20 % a logarithmic scale; intervals of a measure that is never negative may reach below -100 %"
+    ticks = -100, -50, -20, 0, 20, 50, 100, 300, 1000
+    ax.set_xscale('symlog', linthresh=20)
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+    ax.set_xlim(np.clip(ax.get_xlim(), -150, 1500))
 
 def band(ax, x, runs, label, **kwargs):
     "The mean of `runs` (seeds, points), in a band of one standard deviation"
@@ -154,3 +220,21 @@ def show(fig, colours=32):
     plt.close(fig)
     Picture.open(whole).convert('RGB').quantize(colours, dither=Picture.Dither.NONE).save(small, 'png', optimize=True)
     return Image(small.getvalue())
+
+# After a whole run
+
+def is_result(cell): return cell.cell_type=='code' and 'result: kept' in cell.source
+
+def refresh(page):
+    "Run the cells of `page` that show kept results, and no others"
+    nb,shell = read_nb(page),CaptureShell(path=page.parent, mpl_format=None)
+    shell.run('from harness import *')
+    for cell in filter(is_result, nb.cells): shell.cell(cell)
+    clean_nb(nb)
+    write_nb(nb, page)
+
+if __name__=='__main__':
+    from execnb.shell import CaptureShell
+    from fastcore.nbio import read_nb, write_nb
+    from nbdev.clean import clean_nb
+    for o in sys.argv[1:] or sorted(results.parent.glob('*.ipynb')): refresh(Path(o))
