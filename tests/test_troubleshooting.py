@@ -7,7 +7,7 @@ import pytest
 from fastcore.nbio import read_nb
 
 root = Path(__file__).parents[1]
-makers = re.compile(r'(\w*Error|warn|_bad|_lost)$')  # what makes a message: exceptions, warnings, and two functions that build them
+makers = re.compile(r'(\w*Error|Refused|warn|_bad|_lost)$')  # what makes a message: exceptions, warnings, two functions that build them
 
 def written(node):
     "The strings that `node` writes out: alternatives of a conditional each, the fixed parts of an f-string each"
@@ -51,7 +51,7 @@ def test_page_has_no_message_of_the_past():
     "Every clause of every entry is written in the source"
     nodes = [o for s in sources.values() for o in ast.walk(ast.parse(s))]
     known = ' '.join(' '.join(o.value.split()) for o in nodes if isinstance(o, ast.Constant) and isinstance(o.value, str))
-    entries = re.findall(r'\*\*\w+(?:Error|Warning)\*\*: (`+) ?(.+?) ?\1(?= - \*Cause)', page)
+    entries = re.findall(r'\*\*(?:\w+(?:Error|Warning)|mixup-demo)\*\*: (`+) ?(.+?) ?\1(?= - \*Cause)', page)
     assert len(entries)>50
     clauses = [re.sub('^ *(it )?must be ', '', o).strip() for _,e in entries for o in re.split('[;:,…]', e)]
     gone = [o for o in clauses if len(re.findall('[a-z]{2,}', o))>=3 and o not in known]
