@@ -23,7 +23,7 @@ def _tell(results, table, title, rows, **about):
 
 @call_parse
 def main(
-    only:str='', # Sections to run, comma separated: callback, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
+    only:str='', # Sections, comma separated: callback, switch, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
     quick:bool=False, # Small shapes and two rounds, all in one process: does everything run?
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy

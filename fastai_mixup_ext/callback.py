@@ -32,6 +32,12 @@ from .tensors import all_of, first, is_number, plain
 __all__ = ['At', 'MixCallback', 'MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback']
 
 # %% ../nbs/api/10_callback.ipynb #batch
+class _Loss:
+    "What is known of a loss, worked out once: a cold Python call costs as much as a small operator"
+    def __init__(self, func):
+        self.func,self.numbers = func,func is not None and takes_numbers(func)
+        self.rows = func is not None and (self.numbers or is_by_row(func))
+
 class _Live:
     "What the callback knows about the current batch"
     mix = place = None
@@ -48,7 +54,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss'
     _learn = None
 
     def __init__(self,
@@ -70,7 +76,12 @@ class MixCallback(Callback):
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
-    def _init_state(self): self._gens,self._scratch,self._batch,self._said,self._state = {},{},_Live(),False,{}
+    @property
+    def training(self)->bool:
+        "The learner's, found at once: at every event fastai would look for it on the learner and then on the model"
+        return self._learn.model.training
+
+    def _init_state(self): self._gens,self._scratch,self._batch,self._said,self._loss,self._state = {},{},_Live(),False,_Loss(None),{}
 
     def __setattr__(self, name, value):
         "A property of ours hides nothing of the learner's; fastai would warn"
@@ -84,13 +95,13 @@ class MixCallback(Callback):
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         if self.at is not None: find_places(self.at, get_model(self.learn.model))
-        self._said = False
+        vars(self).update(_said=False, _loss=_Loss(None))
         self.forget()
 
     def before_batch(self):
         "Draw a mix, mix the inputs, and shuffle the targets"
         self._clear()
-        recipe = self._chosen()
+        recipe = None if self.learn is None else self._chosen()  # None: another callback has just removed us
         if recipe is None: return
         module = self._chosen_place()
         if module is not None: self._batch.place = Place(self.learn.model, module, lambda out: self._mix_output(recipe, out))
@@ -206,7 +217,8 @@ def _chosen(self:MixCallback):
 def _for_loss(self:MixCallback, yb):
     "The recipe, with one share for the batch if the loss is called whole"
     loss_func = self.learn.loss_func
-    if is_by_row(loss_func) or takes_numbers(loss_func) or all(map(is_number, yb)): return self.recipe
+    if self._loss.func is not loss_func: vars(self)['_loss'] = _Loss(loss_func)
+    if self._loss.rows or all(map(is_number, yb)): return self.recipe
     if not (self._said or isinstance(self.recipe, per_batch)):
         self._said = True
         f = uncompiled(loss_func)
@@ -233,11 +245,11 @@ def _draw(self:MixCallback, recipe, x, yb):
 def _pair(self:MixCallback, yb):
     "Shuffle the targets: which count, and how much. Those that can be blended or pasted take their place at once"
     b = self._batch
-    check_positions(yb, b.mix)
-    ys = tuple(map(plain, yb))
-    numbers = as_numbers(self.learn.loss_func, ys)
-    b.own,b.floated = yb,any(a is not o for a,o in zip(ys, numbers))
-    b.sources = b.mix.sources(L(numbers))  # by L.itemgot
+    if b.mix.mask is not None: check_positions(yb, b.mix)
+    ys = L(map(plain, yb))
+    b.own,b.floated = yb,self._loss.numbers and not all(map(is_number, ys))
+    if b.floated: ys = L(as_numbers(self.learn.loss_func, ys))
+    b.sources = b.mix.sources(ys)  # by L.itemgot
     self.learn.yb = b.seen = tuple(b.sources[0][0]) if len(b.sources)==1 else yb
 
 @patch
@@ -288,6 +300,7 @@ def _is_mixer(cb):
 
 def _refuse_coordinates(yb):
     for i,y in enumerate(yb):
+        if type(y) is Tensor: continue
         name = next((t.__name__ for t in type(y).__mro__ if t.__name__ in ('TensorBBox','TensorPoint')), None)
         if name is None: continue
         raise TypeError(f"target {i} is a {name}, and the average of two objects' coordinates is no object's; "
@@ -322,7 +335,8 @@ def _learner(self): return self._learn
 def _learner(self, learn):
     old = self._learn
     if old is not None and old is not learn:
-        self._give_back()
+        if self._batch.away is not None: self.after_loss()  # targets and loss, whoever comes next
+        self._clear()
         if learn is not None and self in old.cbs: _leave_twin(self, old)
     self.__dict__['_learn'] = learn
 

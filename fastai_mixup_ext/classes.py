@@ -8,7 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/classes.html.md"""
 from __future__ import annotations
 import inspect, sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,10 @@ def fastai_loss(
 )->tuple:
     "fastai's losses of these names; an empty tuple where fastai is not loaded"
     module = sys.modules.get('fastai.losses')
-    return tuple(getattr(module, n) for n in names) if hasattr(module, 'FocalLossFlat') else ()
+    return () if module is None else _looked_up(module, names)
+
+@cache
+def _looked_up(module, names): return tuple(getattr(module, n) for n in names)
 
 def unchanged(
     f, # A loss
@@ -45,9 +48,9 @@ def unchanged(
     "Is `f` one of `classes`, or of a subclass that changes nothing of the computation?"
     cls = next((c for c in classes if isinstance(f, c)), None)
     if cls is None: return False
-    if getattr(f, '_forward_hooks', None) or getattr(f, '_forward_pre_hooks', None): return False
+    if 'forward' in vars(f) or getattr(f, '_forward_hooks', None) or getattr(f, '_forward_pre_hooks', None): return False
     computes = 'forward', '__call__', '_one_hot', '_contiguous', 'reduction'
-    return 'forward' not in vars(f) and all(getattr(type(f), k, None) is getattr(cls, k, None) for k in computes)
+    return type(f) is cls or all(getattr(type(f), k, None) is getattr(cls, k, None) for k in computes)
 
 def as_classes(
     f:Callable, # Any loss
@@ -79,15 +82,19 @@ def class_loss(
     if logp is None: return None
     if spec.logits: logp = F.log_softmax(logp, axis)
     acc = torch.float64 if logp.dtype==torch.float64 else torch.float32
-    labels,shares = torch.stack(labels, axis).long(),torch.stack(shares, axis).to(acc)
+    labels,shares = torch.stack(labels, axis),torch.stack(shares, axis)
+    if labels.dtype!=torch.int64: labels = labels.long()
+    if shares.dtype!=acc: shares = shares.to(acc)
+    per_position = shares.sum()/(shares.numel()/shares.shape[axis])  # the sum of the shares of one, on average
+    count = shares.sum(axis) if spec.smooth_all else None
     ignored = labels==spec.ignore_index
-    counts = shares.masked_fill(ignored, 0)
+    counts = shares.masked_fill_(ignored, 0)
     labels.masked_fill_(ignored, 0)
     weighted = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
-    total = (weighted/shares.sum(axis, keepdim=True).clamp(min=1e-30)).sum() if spec.reduction=='mean' else 1
+    total = weighted.sum()/per_position if spec.reduction=='mean' else 1
     loss = _look_up(logp, axis, labels)
     loss.detach().masked_fill_(weighted.logical_not(), 0)  # past autograd: times a share of 0 its gradient is 0 anyway
-    count = (shares if spec.smooth_all else counts).sum(axis) if spec.eps else None
+    if spec.eps and not spec.smooth_all: count = counts.sum(axis)
     loss = _reduced(spec, logp, loss*(weighted/-total), count, total, axis)
     return loss if loss.dtype==logp.dtype else loss.to(logp.dtype)
 
@@ -104,7 +111,7 @@ def _aligned(spec, pred, sources):
         shares = [_flat(_by_position(s, y.shape), spec.axis) for s,y in zip(shares, labels)]
         return pred.transpose(axis, -1).reshape(-1, pred.shape[axis]),flat,shares,1
     if any(y.shape!=pos for y in labels): return None,None,None,None
-    return pred,labels,[_by_position(s, pos) for s in shares],axis
+    return pred,labels,shares if len(pos)==1 else [_by_position(s, pos) for s in shares],axis
 
 def _flat(t, axis): return (t.transpose(axis, -1) if -t.dim()<=axis<t.dim() else t).reshape(-1)
 

@@ -7,7 +7,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/compare.html.md"""
 # %% ../nbs/api/14_compare.ipynb #imports
 from __future__ import annotations
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 import numpy as np
@@ -65,7 +65,7 @@ def _as_runs(runs, metric):
 class Comparison:
     "Paired runs compared with those of a baseline: a table, a plot, a suggestion, and a sentence"
     def __init__(self,
-        runs, # `Run`s; or plain values: a dict candidate → one value for each seed, None where a run is missing
+        runs:Sequence|Mapping, # `Run`s; or a dict candidate → one value for each seed, None where missing
         metric:str='loss', # What decides: a measure that the runs have
         *,
         lower_is_better:bool|None=None, # Is lower better? None: it is one of fastai's, whose direction is known

@@ -8,6 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/embeddings.html.md
 from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,11 +120,11 @@ _allowed = set().union(_moves, _joins, _like, _made_new, _compares, _casts, _cou
 
 # %% ../nbs/api/07_embeddings.ipynb #inputs
 def mix_input(
-    x, # A tensor with n rows, or a sequence or mapping of such; None stays None
+    x:Any, # A tensor with n rows, or a sequence or mapping of such; None stays None
     mix:Mix, # The mix of these rows
-    out:Callable=lambda t: None, # A function from a tensor to memory like it, or None for fresh memory
+    out:Callable|None=None, # A function from a tensor to memory like it; it, or what it returns, may be None: fresh memory
     name:str='input' # What a message calls it
-): # The same structure, names and order
+)->Any: # The same structure, names and order
     "`x` mixed: numbers blended, truth values joined, ids carrying the mix to their embedding"
     if x is None: return x
     if isinstance(x, Mapping): return rebuilt(x, [mix_input(v, mix, out, f'{name}[{k!r}]') for k,v in x.items()])
@@ -137,7 +138,7 @@ def mix_input(
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the batch has {len(mix)} rows; "
             "every input needs one row per item")
     if p.is_floating_point() or p.is_complex() or p.dtype==torch.uint8:
-        memory = out(p)
+        memory = None if out is None else out(p)
         return mix.blend(x) if memory is None else mix.blend(x, memory)
     return _mixed_ids(x, p, mix, name)
 

@@ -359,11 +359,11 @@ def _batches(trials):
 # %% ../nbs/api/16_find.ipynb #compare-fits
 def compare_fits(
     make:Callable, # seed → a new `Learner`; all draws are seeded before it is called
-    candidates, # A list of recipes and callbacks; or a dict name → recipe, callback, list of these, or None for none
+    candidates:Sequence|Mapping, # Recipes and callbacks; or a dict name → recipe, callback, list, or None
     epochs:int, # Of each run
     seeds:int|Sequence=3, # How many, or which
     *,
-    metric=None, # What decides: a metric of the learner, or 'loss'; None: its first metric, or else the loss
+    metric:str|Callable|None=None, # What decides: a metric of the learner, or 'loss'; None: its first, or the loss
     lower_is_better:bool|None=None, # Needed where the metric is none of fastai's
     fit:Callable|None=None, # (learner, epochs) → trains it; None: `Learner.fit_one_cycle` with the learner's `lr`
     after_run:Callable|None=None # Is called with each finished `Run`
@@ -398,10 +398,10 @@ def _first_tensor(trials):
 @patch
 def mix_find(self:Learner,
     epochs:int, # Of each run; the longer, the surer, for mixing pays late
-    candidates=None, # A list of recipes and callbacks, or a dict of them by name; None: `default_candidates`
+    candidates:Sequence|Mapping|None=None, # As in `compare_fits`; None: `default_candidates`
     seeds:int|Sequence=3, # How many, or which; two at least for an interval
     *,
-    metric=None, # What decides: a metric of the learner, or 'loss'; None: its first metric, or else the loss
+    metric:str|Callable|None=None, # What decides: a metric of the learner, or 'loss'; None: its first, or the loss
     lower_is_better:bool|None=None, # Needed where the metric is none of fastai's
     fit:Callable|None=None # (learner, epochs) → trains it; None: `Learner.fit_one_cycle` with the learner's `lr`
 )->Comparison:

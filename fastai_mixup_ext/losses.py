@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,11 +151,16 @@ def _share_of_batch(share):
     return first + (share-first).mean()
 
 def _aside(f):
-    "A copy whose attributes and buffers may change; a function is itself"
-    if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule): return f
+    "A copy whose attributes, buffers and parts may change, with the same weights; a function is itself"
+    if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule) or not hasattr(f, '__dict__'): return f
     try: g = copy(f)
     except TypeError: return f  # it holds what can't be copied
-    if isinstance(g, nn.Module): g._buffers = {k:None if b is None else b.clone() for k,b in g._buffers.items()}
+    if g is f: return f
+    vars(g).update({k:copy(v) for k,v in vars(g).items() if isinstance(v, (list, dict, set))})
+    if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(g.func)
+    if isinstance(g, nn.Module):
+        g._buffers.update({k:b.clone() for k,b in g._buffers.items() if b is not None})
+        g._modules.update({k:_aside(m) for k,m in g._modules.items()})
     return g
 
 def _called(f, pred, yb):
@@ -166,7 +172,7 @@ def _called(f, pred, yb):
 # %% ../nbs/api/06_losses.ipynb #mixed
 def mixed_loss(
     loss_func:Callable, # Any loss: called as `loss_func(pred, *yb)`
-    pred, # What the model says about the mixed inputs
+    pred:Any, # What the model says about the mixed inputs
     yb:Tensor|Sequence, # The targets, not mixed: one tensor, or several, with n rows each
     mix:Mix # The mix that the inputs were blended with
 )->Tensor: # Reduced as `loss_func` reduces
@@ -174,19 +180,19 @@ def mixed_loss(
     check_mix(mix, 'mixed_loss')
     yb = tuple(yb) if is_sequence(yb) else (yb,)
     check_targets(yb, len(mix))
-    check_positions(yb, mix)
+    if mix.mask is not None: check_positions(yb, mix)
     numbers = as_numbers(loss_func, yb)
     if any(a is not b for a,b in zip(yb, numbers)): check_sizes(loss_func, pred, yb)
     return source_loss(loss_func, pred, mix.sources(numbers))
 
 def source_loss(
     loss_func:Callable, # Any loss
-    pred, # What the model says about the mixed inputs
+    pred:Any, # What the model says about the mixed inputs
     sources:list # What `Mix.sources` returns: [(targets, share)]
 )->Tensor: # Reduced as `loss_func` reduces
     "The loss of targets that count by shares"
     if len(sources)==1: return loss_func(pred, *sources[0][0])
-    if all(is_number(y) for targets,_ in sources for y in targets): return loss_func(pred, *_blended(sources))
+    if all(map(is_number, sources[0][0])): return loss_func(pred, *_blended(sources))
     f = uncompiled(loss_func)
     spec = as_classes(f)
     if spec and len(sources[0][0])==1 and isinstance(pred, Tensor):

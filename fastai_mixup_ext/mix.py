@@ -89,7 +89,7 @@ class Mix:
 
     def sources(self, yb:Sequence)->list:
         "The targets that count and their shares: `[(targets, 1)]` if all can be blended or pasted, else own and partner's"
-        own = tuple(self._pasted(y) for y in yb)
+        own = tuple(yb) if self.mask is None else tuple(self._pasted(y) for y in yb)
         if all(is_number(y) or o is not y for y,o in zip(yb, own)):
             by_lam = self if self.mask is None or self.mask.dim()>1 else Mix(self.partner, self.lam)
             return [(tuple(o if o is not y else Mix.blend(by_lam, y) for y,o in zip(yb, own)), 1)]

@@ -6,7 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/recipes.html.md"""
 
 # %% ../nbs/api/04_recipes.ipynb #imports
 from __future__ import annotations
-import math
+import math, reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -225,7 +225,7 @@ class one_of(Recipe):
     ):
         weights = [1.]*len(recipes) if weights is None else weights
         if len(recipes)<2 or not all(isinstance(r, Recipe) for r in recipes):
-            raise TypeError(f"one_of{recipes!r} needs two or more recipes, such as one_of(mixup(.4), cutmix(1.))")
+            raise TypeError(f"one_of{reprlib.repr(recipes)} needs two or more recipes, such as one_of(mixup(.4), cutmix(1.))")
         if not isinstance(weights, Sequence): raise TypeError(f"weights={weights!r} must be a sequence with one entry for each recipe")
         if len(weights)!=len(recipes):
             raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")

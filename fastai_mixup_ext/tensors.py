@@ -99,4 +99,4 @@ def take_rows(
     rows:Tensor # (m,) int64
 )->tuple:
     "Those rows of each tensor"
-    return tuple(ts.itemgot(rows)) if hasattr(ts, 'itemgot') else tuple(t[rows] for t in ts)
+    return tuple(ts.itemgot(rows)) if hasattr(ts, 'itemgot') else tuple(t.index_select(0, rows) for t in ts)

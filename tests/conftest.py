@@ -19,3 +19,10 @@ collect_ignore += ['clients']
 
 @pytest.fixture(autouse=True)
 def seed(): set_seed(42)
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left():
+    "A global hook that one test left would change the next"
+    yield
+    from common import global_hooks
+    assert not global_hooks()

@@ -14,10 +14,12 @@ class Tape(Callback):
     def __init__(self): self.steps = []
     def before_batch(self): self.steps.append(SimpleNamespace(x=self.xb, y=self.yb, was=copied((self.xb, self.yb)), loss=None))
     def after_pred(self): vars(self.steps[-1]).update(mix=self.mixer.mix, xb=self.xb, yb=self.yb)
-    def after_loss(self): self.steps[-1].pred = self.pred.detach()
+    def after_loss(self): self.steps[-1].pred = detached(self.pred)
     def before_backward(self): self.steps[-1].loss = self.learn.loss.detach()
     @property
     def mixer(self): return next(o for o in self.learn.cbs if hasattr(o, 'recipe'))
+
+def detached(o): return o.detach() if isinstance(o, torch.Tensor) else type(o)(map(detached, o))
 
 def copied(o):
     if isinstance(o, dict): o = tuple(o.values())

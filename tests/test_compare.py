@@ -137,7 +137,8 @@ def test_cant_tell_though_it_would_have_shown():
     assert str(c)=='none: no candidate is better than its noise; a difference of 1 % would have shown'
 
 def test_all_are_worse():
-    c = figures(values=dict(none=NONE, a=[x+.02 for x in (.1, .1012, .1008, .0991, .0999)], b=[x+.05 for x in (.1, .1012, .1008, .0991, .0999)]))
+    near = .1,.1012,.1008,.0991,.0999
+    c = figures(values=dict(none=NONE, a=[x+.02 for x in near], b=[x+.05 for x in near]))
     assert str(c).startswith('none: every candidate is worse; the mildest, a: 2.0 % more errors [1.')
 
 def test_holm_decides():
@@ -239,8 +240,8 @@ def digits_learner(path, cbs=(), **kwargs):
 def table_learner(path):
     df = load_wine(as_frame=True).frame.sample(60, random_state=0).reset_index(drop=True)
     df['cat'] = (df['alcohol']>13).astype(str)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['cat'], cont_names=list(df.columns[:4]), y_names='target',
-        y_block=CategoryBlock(), valid_idx=list(range(20)), bs=10, num_workers=0, device='cpu')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['cat'], cont_names=list(df.columns[:4]),
+        y_names='target', y_block=CategoryBlock(), valid_idx=list(range(20)), bs=10, num_workers=0, device='cpu')
     return tabular_learner(dls, layers=[8], metrics=accuracy, path=path)
 
 def text_learner(path):
@@ -291,8 +292,8 @@ def made(kind, path):
 
 # As it was
 
-STATE = {random.Random: random.Random.getstate, np.random.RandomState: np.random.RandomState.get_state, torch.Generator: torch.Generator.get_state,
-    np.random.Generator: lambda g: g.bit_generator.state}
+STATE = {random.Random: random.Random.getstate, np.random.RandomState: np.random.RandomState.get_state,
+    torch.Generator: torch.Generator.get_state, np.random.Generator: lambda g: g.bit_generator.state}
 
 PLAIN = str,bytes,int,float,complex,type(None),types.FunctionType,types.BuiltinFunctionType,type,types.ModuleType,torch.dtype,torch.device
 
@@ -318,7 +319,7 @@ def digest(o, seen=None):
 def state(learn):
     "All that the learner reaches, the random states, the files, and who is who"
     files = {o: o.read_bytes() for o in learn.path.rglob('*') if o.is_file()}
-    who = id(learn.model),id(learn.opt),id(learn.dls),id(learn.loss_func),[id(cb) for cb in learn.cbs],[id(p) for p in learn.model.parameters()]
+    who = [*map(id, (learn.model, learn.opt, learn.dls, learn.loss_func, *learn.cbs, *learn.model.parameters()))]
     return digest(vars(learn)),digest([random.getstate(), np.random.get_state(), torch.get_rng_state()]),files,who
 
 def check_as_it_was(before, after):
@@ -353,8 +354,10 @@ class RaiseAt(Callback):
     def __call__(self, name):
         if name==self.event and self.learn.training and self.learn.train_iter==self.nth-1: raise self.exc
 
+FAULTS = torch.cuda.OutOfMemoryError('full'),MemoryError('full'),ValueError('mine')
+
 @pytest.mark.parametrize('kind', ['pictures', 'text', 'mixing', 'saving', 'wrapped'])
-@pytest.mark.parametrize('exc', [torch.cuda.OutOfMemoryError('full'), MemoryError('full'), ValueError('mine')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('exc', FAULTS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('event', ['after_pred', 'before_step'])
 def test_as_it_was_after_an_exception(kind, exc, event, tmp_path):
     learn = made(kind, tmp_path)
@@ -495,9 +498,11 @@ def test_the_plain_run_is_a_plain_fit(tmp_path):
 def test_default_candidates(tmp_path):
     switch = 'one_of(mixup(0.4), cutmix(1.0))'
     assert list(default_candidates(torch.zeros(2, 3, 8, 8)))==['none', 'mixup(0.2)', 'mixup(1.0)', 'cutmix(1.0)', switch]
-    for x in (torch.zeros(2, 3, 8), torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)): assert switch in default_candidates(x)
-    for x in (torch.zeros(2, 3), torch.zeros(2, 3, 8).long(), torch.zeros(2, 3, 0), 'a'): assert list(default_candidates(x))==['none', 'mixup(0.2)', 'mixup(1.0)']
-    for kind,n in (('pictures', 5), ('tables', 3), ('text', 3), ('wrapped', 5)): assert len(made(kind, tmp_path).mix_find(1, seeds=1).names)==n
+    for x in (torch.zeros(2, 3, 8), torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 3, 8, 8).byte()): assert switch in default_candidates(x)
+    for x in (torch.zeros(2, 3), torch.zeros(2, 3, 8).long(), torch.zeros(2, 3, 0), 'a'):
+        assert list(default_candidates(x))==['none', 'mixup(0.2)', 'mixup(1.0)']
+    for kind,n in dict(pictures=5, tables=3, text=3, wrapped=5).items():
+        assert len(made(kind, tmp_path).mix_find(1, seeds=1).names)==n
 
 def test_candidates_by_list_and_by_name():
     cb = MixUp(.3)
@@ -519,7 +524,8 @@ def test_a_mixing_callback_on_board_is_one_of_the_candidates(theirs, tmp_path):
 
 def test_the_suggestion_is_ready_to_use(tmp_path):
     learn = made('pictures', tmp_path)
-    c = learn.mix_find(1, dict(none=None, rec=mixup(.3), cls=MixUp, both=[cutmix(.5), EarlyStoppingCallback(patience=2)], own=MixUpCallback(.1, seed=4)), seeds=1)
+    both = [cutmix(.5), EarlyStoppingCallback(patience=2)]
+    c = learn.mix_find(1, dict(none=None, rec=mixup(.3), cls=MixUp, both=both, own=MixUpCallback(.1, seed=4)), seeds=1)
     made_ = {k: f() for k,f in c.suggestions.items()}
     assert made_['rec'].recipe==mixup(.3) and made_['rec'].seed is None and type(made_['cls']) is MixUp and made_['own'].seed==4
     assert made_['both'][0].recipe==cutmix(.5) and made_['both'][1].patience==2 and 'none' not in made_

@@ -202,7 +202,7 @@ def needs_versions(page):
 def long_lines(page, width=90):
     "The cells of a page for readers whose code or printed output has lines of more than `width` characters, and how many"
     if 'api' in page.parts: return {}
-    def count(text): return sum(len(o)>width for o in text.splitlines())
+    def count(text): return sum(len(o)>width for o in text.splitlines() if not o.startswith('#|'))  # directives are not shown
     cells = [o for o in read_nb(page).cells if o.cell_type=='code' and not hidden.search(o.source)]
     found = {o.id: count(o.source) + sum(count(text) for kind,text in seen(o) if kind in ('stdout', 'text/plain')) for o in cells}
     return {k: v for k,v in found.items() if v}

@@ -10,9 +10,9 @@ from fastai.callback import progress  # noqa: F401 patched onto Learner
 
 
 def plain_state(o):
-    "What a loss remembers, its parts included"
+    "The settings of a loss, its parts included; what else it may remember of a batch is its own affair"
     parts = {k: plain_state(v) for k,v in o._modules.items()} if isinstance(o, nn.Module) else {}
-    return {k: str(v) for k,v in getattr(o, '__dict__', {}).items() if k!='_modules'} | parts
+    return {k: v for k,v in getattr(o, '__dict__', {}).items() if v is None or isinstance(v, (str, bool, int, float))} | parts
 
 def state(learn):
     names = sorted(o.name for o in learn.cbs)  # `no_bar` puts another progress bar in the place of the first

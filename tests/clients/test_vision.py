@@ -49,7 +49,7 @@ def test_a_body_of_timm_mixed_inside(body):
     learn = vision_learner(dls(CategoryBlock, kind), body, pretrained=False, normalize=False)
     first,second = list(learn.model[0].model.children())[:2]
     made,got = [],[]
-    hooks = (first.register_forward_hook(lambda m, args, out: made.append(out.detach().clone())),
+    hooks = (first.register_forward_pre_hook(lambda m, args: made.append(m.forward(args[0]).detach())),
              second.register_forward_pre_hook(lambda m, args: got.append(args[0].detach().clone())))
     steps = fit(learn, MixUpCallback(at=first, seed=1))
     for h in hooks: h.remove()
