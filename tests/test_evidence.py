@@ -50,6 +50,7 @@ def test_page(page):
         assert f'MIXUP_EVIDENCE=full nbdev-test --save nbs/evidence/{page.name}' in text
         assert any(page_of(o)==page for o in kept)
         assert code.index('result: kept') < code.index('pick(')
+        assert 'paired t-test' not in text  # the tables of an earlier engine
     assert max(map(len, code.splitlines()))<=130
 
 @pytest.mark.parametrize('page', pages, ids=lambda o: o.stem)
