@@ -47,7 +47,7 @@ def _generators(o):
 def _mixed_batch(learn, cb):
     "Number of inputs; a batch of the training set; its partners; the batch with mixed inputs; targets, if blended or pasted; the mix"
     dl,state = learn.dls.train,cb.state_dict()
-    with _untouched(learn, dl):
+    with _untouched(learn, dl, cb):
         learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
         xb,yb = learn.xb,learn.yb
         try: mix = cb.draw(xb, yb)
