@@ -168,7 +168,7 @@ class MixCallback(Callback):
 
     @property
     def sources(self)->list|None:
-        "The targets of the current batch and their shares, as `Mix.sources` returns them; None when it is not mixed"
+        "The targets of the current batch and their shares, as `sources` of a mix returns them; None when it is not mixed"
         return self._batch.sources
 
     def draw(self, xb:Sequence, yb:Sequence)->Mix:

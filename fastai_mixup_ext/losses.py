@@ -188,7 +188,7 @@ def mixed_loss(
 def source_loss(
     loss_func:Callable, # Any loss
     pred:Any, # What the model says about the mixed inputs
-    sources:list # What `Mix.sources` returns: [(targets, share)]
+    sources:list # What `sources` of a mix returns: [(targets, share)]
 )->Tensor: # Reduced as `loss_func` reduces
     "The loss of targets that count by shares"
     if len(sources)==1: return loss_func(pred, *sources[0][0])

@@ -271,10 +271,11 @@ def test_every_parameter_is_described(reference):
     for page,text in reference.items():
         for part in re.split(r'(?=<h[1-4][ >])', text):
             name = re.sub('<[^>]*>', '', part.partition('</h')[0])
-            parameter = False
+            width = 0  # of the table of parameters, where we are in one; what a cell prints below has another
             for row in Tables(part).rows:
-                if row[-1]=='meaning': parameter = True
-                elif parameter and not row[-1]: blank.append(f'{page}: {name}: {row[0]}')
+                if row[-1]=='meaning': width = len(row)
+                elif len(row)!=width: width = 0
+                elif not row[-1]: blank.append(f'{page}: {name}: {row[0]}')
     assert not blank, '\n'.join(['parameters without a description:', *blank])
 
 def test_calls_are_what_a_caller_writes(reference):
