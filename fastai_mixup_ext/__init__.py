@@ -1,6 +1,7 @@
 "mixup and its family for any fastai `Learner`: any data, any loss, exact"
 import warnings
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,35 @@ _where = {  # the public names, each loaded when it is first asked for
 _engine = {'compare': 'Comparison', 'find': 'compare_fits'}  # what mix_find is made of; to be imported by name
 _module = {name: module for module, names in {**_where, **_engine}.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
+
+if TYPE_CHECKING:  # a type checker does not run what is below
+    from .callback import MixUpCallback as MixUpCallback
+    from .callback import CutMixCallback as CutMixCallback
+    from .callback import FMixCallback as FMixCallback
+    from .callback import ResizeMixCallback as ResizeMixCallback
+    from .callback import MixCallback as MixCallback
+    from .mix import Mix as Mix
+    from .mix import blend as blend
+    from .embeddings import mix_input as mix_input
+    from .losses import mixed_loss as mixed_loss
+    from .losses import by_row as by_row
+    from .recipes import Batch as Batch
+    from .recipes import Recipe as Recipe
+    from .recipes import mixup as mixup
+    from .recipes import cutmix as cutmix
+    from .recipes import fmix as fmix
+    from .recipes import resizemix as resizemix
+    from .recipes import one_of as one_of
+    from .recipes import per_batch as per_batch
+    from .schedules import until as until
+    from .pairing import shuffled as shuffled
+    from .pairing import deranged as deranged
+    from .pairing import within_class as within_class
+    from .pairing import across_class as across_class
+    from .pairing import by_target_distance as by_target_distance
+    from .metrics import mixed_accuracy as mixed_accuracy
+    from .compare import Comparison as Comparison
+    from .find import compare_fits as compare_fits
 
 __all__ = [name for names in _where.values() for name in names.split()]
 
