@@ -40,6 +40,7 @@ scroller = re.compile(r'<(?=pre|span class="math display")(\w+)')
 table = re.compile(r'<table.*?</table>', re.S)
 deviation = re.compile(r'(?<=\d) ± (?=\d)')  # a figure and its deviation stay in one line
 link_in_link = re.compile(r'\[(\[`[^`\n]+`\]\([^)\n]*\))\]\([^)\n]*\)')  # nbdev links a name that is the text of a link
+parameters = re.compile(r'<th[^>]*>meaning</th>\s*</tr>')
 web_font = re.compile(r'@import url\(https?:[^)]*\);?')
 
 
@@ -98,8 +99,9 @@ def picture(m):
 
 
 def boxed(m):
-    "The table `m` in a box that scrolls on a telephone"
-    return '<div class="table-responsive" tabindex="0">' + deviation.sub('\u00a0±\u00a0', m[0]) + '</div>'
+    "The table `m` in a box: on a telephone that of parameters becomes a list, any other scrolls"
+    kind = ' parameters' if parameters.search(m[0]) else ''
+    return f'<div class="table-responsive{kind}" tabindex="0">' + deviation.sub('\u00a0±\u00a0', m[0]) + '</div>'
 
 
 class SelfContained(Site):
