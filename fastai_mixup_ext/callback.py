@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .embeddings import MixedIds, by_length, mix_input
@@ -56,7 +56,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts'
     _learn = None
 
     def __init__(self,
@@ -85,7 +85,7 @@ class MixCallback(Callback):
 
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
-        self._batch,self._said,self._loss = _Live(),False,_Loss(None)
+        self._batch,self._said,self._loss,self._sorts = _Live(),False,_Loss(None),False
 
     def __setattr__(self, name, value):
         "A property of ours hides nothing of the learner's; fastai would warn"
@@ -99,7 +99,7 @@ class MixCallback(Callback):
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         if self.at is not None: find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None))
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model))
         self.forget()
 
     def before_batch(self):
@@ -113,7 +113,7 @@ class MixCallback(Callback):
             self._batch.place = Place(learn.model, module, lambda out: self._mix_output(recipe, out))
             return
         self._batch.mix = self._draw(recipe, first(learn.xb), learn.yb)
-        if _sorts_by_length(learn.model): self._sort()
+        if self._sorts: self._sort()
         self._pair(learn.yb)
         learn.xb = tuple(mix_input(x, self.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
         _check_whole(learn.model, learn.xb)
@@ -151,6 +151,7 @@ class MixCallback(Callback):
         self._scratch = {}
 
     before_validate = after_train = after_epoch = after_fit = forget
+    before_backward = after_backward = before_step = after_step = noop  # else fastai looks for them on learner and model
 
     @property
     def mix(self)->Mix|None:
