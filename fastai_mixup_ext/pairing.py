@@ -125,7 +125,7 @@ class Counts:
     def __init__(self,
         counts:Tensor|Sequence # (classes,) numbers >= 0, not all 0
     ):
-        try: values = torch.as_tensor(counts).detach().to('cpu', torch.float32, copy=True)
+        try: values = (counts.detach() if isinstance(counts, Tensor) else torch.tensor(counts)).to('cpu', torch.float32, copy=True)
         except (TypeError, ValueError, RuntimeError): values = torch.empty(0, 0)
         if values.dim()!=1 or not (values>=0).all() or not 0<values.sum()<torch.inf:
             raise ValueError(f"counts={reprlib.repr(counts)} must be a 1-D tensor or a sequence that has for each class "

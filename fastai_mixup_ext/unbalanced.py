@@ -15,7 +15,7 @@ from torch import Tensor
 from .mix import Mix
 from .pairing import Counts, labels
 from .recipes import Recipe
-from .tensors import is_number, is_sequence
+from .tensors import is_number, is_sequence, plain
 
 # %% auto #0
 __all__ = ['RareMix', 'remix', 'class_counts']
@@ -65,7 +65,7 @@ def class_counts(
 )->Tensor: # (classes,) int64
     "How many training rows each class has"
     dl = data.loaders[0] if hasattr(data, 'loaders') else data
-    try: y = torch.as_tensor(_labels_in(dl)).cpu()
+    try: y = _labels_in(dl)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as e: raise _no_labels(data, e) from e
     if is_number(y) or y.dim()==0 or y.numel()!=len(y): raise _no_labels(data, f"{y.dtype} of shape {tuple(y.shape)}")
     if (y<0).any(): raise _no_labels(data, f"the smallest is {y.min()}")
@@ -74,12 +74,14 @@ def class_counts(
 
 def _labels_in(dl):
     "The targets of all rows"
-    if isinstance(dl, Tensor) or is_sequence(dl): return dl
+    if isinstance(dl, Tensor): return plain(dl).cpu()
     ds = getattr(dl, 'dataset', None)
-    if hasattr(ds, 'tls'): return [int(y) for y in ds.tls[dl.n_inp]]          # fastai's pictures and texts
-    if hasattr(ds, 'ys'): return ds.ys.to_numpy()                             # its tables
-    if hasattr(ds, '__getitem__') and hasattr(ds, '__len__'): return [int(ds[i][-1]) for i in range(len(ds))]
-    return torch.cat([batch[-1] for batch in dl])
+    if hasattr(ds, 'tls'): found = ds.tls[dl.n_inp]                           # fastai's pictures and texts
+    elif hasattr(ds, 'ys'): return torch.tensor(ds.ys.to_numpy())             # its tables
+    elif hasattr(ds, '__getitem__') and hasattr(ds, '__len__'): found = (ds[i][-1] for i in range(len(ds)))
+    elif ds is None and is_sequence(dl) or hasattr(dl, 'tolist'): found = dl  # labels
+    else: return torch.cat([batch[-1] for batch in dl]).cpu()
+    return torch.tensor([y.item() if hasattr(y, 'item') else y for y in found])
 
 def _no_labels(data, why):
     return TypeError(f"class_counts found no class number from 0 on for each row in this {type(data).__name__}: {why}; "
