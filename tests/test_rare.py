@@ -194,7 +194,7 @@ def test_other_mixes_are_refused():
 
 def test_one_share_for_the_batch_is_refused_outside_and_right_inside():
     y = tensor([0,3,3,1])
-    with pytest.raises(TypeError, match="can't be given one share for the batch.*by_row"): per_batch(remix(mixup(.4), counts))(x4, y)
+    with pytest.raises(TypeError, match="one share for the batch.*by_row"): per_batch(remix(mixup(.4), counts))(x4, y)
     mix = remix(per_batch(mixup(1.)), counts)(x4, y)
     assert len({*mix.mask.tolist()})==1
 
@@ -206,7 +206,7 @@ def learner(recipe, loss_func=None, **kw):
     return learn
 
 def test_a_loss_without_rows_is_refused():
-    with pytest.raises(TypeError, match="can't be given one share for the batch"), pytest.warns(UserWarning, match='not known by row'):
+    with pytest.raises(TypeError, match="one share for the batch"), pytest.warns(UserWarning, match='not known by row'):
         learner(remix(mixup(.4), counts), lambda p, y: F.cross_entropy(p, y)).fit(1)
 
 def test_class_weights_count_as_without_remix():
