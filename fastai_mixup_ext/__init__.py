@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
-    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until',
-    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy'}
+    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until without_hesitation',
+    'unbalanced': 'remix class_counts', 'regmix': 'regmixup',
+    'pairing': 'shuffled deranged within_class across_class by_target_distance balanced', 'metrics': 'mixed_accuracy'}
 _engine = {'compare': 'Comparison', 'find': 'compare_fits'}  # what mix_find is made of; to be imported by name
 _module = {name: module for module, names in {**_where, **_engine}.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
@@ -34,11 +35,16 @@ if TYPE_CHECKING:  # a type checker does not run what is below
     from .recipes import one_of as one_of
     from .recipes import per_batch as per_batch
     from .schedules import until as until
+    from .schedules import without_hesitation as without_hesitation
+    from .unbalanced import remix as remix
+    from .unbalanced import class_counts as class_counts
+    from .regmix import regmixup as regmixup
     from .pairing import shuffled as shuffled
     from .pairing import deranged as deranged
     from .pairing import within_class as within_class
     from .pairing import across_class as across_class
     from .pairing import by_target_distance as by_target_distance
+    from .pairing import balanced as balanced
     from .metrics import mixed_accuracy as mixed_accuracy
     from .compare import Comparison as Comparison
     from .find import compare_fits as compare_fits
