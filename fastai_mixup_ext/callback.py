@@ -23,7 +23,7 @@ from .losses import as_numbers, check_positions, check_sizes, check_targets, is_
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
-from .places import Place, find_places
+from .places import Place, find_places, first_rows
 from .recipes import Batch, Recipe, cutmix, fmix, mixup, per_batch, resizemix
 from .schedules import check_value, value_at
 from .tensors import all_of, first, is_number, plain
@@ -62,7 +62,7 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
         if not isinstance(recipe, Recipe):
@@ -71,8 +71,8 @@ class MixCallback(Callback):
             raise TypeError(f"pair={pair!r} must be a pairing policy such as shuffled: a function of (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={seed!r} must be an int, or None for torch's global generator")
-        if not (at is None or callable(at) or isinstance(at, (list, tuple))):
-            raise TypeError(f"at={at!r} must be a module, a list of modules, or a function from the model to these")
+        if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
+            raise TypeError(f"at={at!r} must be 'stages', a module, a list of modules, or a function from the model to these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -263,10 +263,12 @@ _keeps_dtype = torch.float32, torch.float64, torch.complex64, torch.complex128  
 
 @patch
 def _mix_output(self:MixCallback, recipe, out):
-    "The output of a place, mixed"
-    self._batch.mix = self._draw(recipe, first(out), self.learn.yb)
-    self._pair(self.learn.yb)
-    return mix_input(out, self.mix, name=f'the output of {type(self._batch.place.module).__name__}')
+    "The output of a place, mixed; a part of a text is mixed as the first part was"
+    b,x = self._batch,first(out)
+    if b.mix is None:
+        b.mix = self._draw(recipe, b.place.whole(x, len(first(self.learn.xb))), self.learn.yb)
+        self._pair(self.learn.yb)
+    return mix_input(out, first_rows(b.mix, len(x)), name=f'the output of {type(b.place.module).__name__}')
 
 @patch
 def _sort(self:MixCallback):
@@ -358,7 +360,7 @@ class MixUpCallback(MixCallback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ): super().__init__(mixup(alpha), p=p, pair=pair, at=at, seed=seed)
 
@@ -370,7 +372,7 @@ class CutMixCallback(MixCallback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ): super().__init__(cutmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
@@ -382,7 +384,7 @@ class FMixCallback(MixCallback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ): super().__init__(fmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
@@ -394,6 +396,6 @@ class ResizeMixCallback(MixCallback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ): super().__init__(resizemix(scale), p=p, pair=pair, at=at, seed=seed)
