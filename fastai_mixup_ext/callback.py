@@ -272,7 +272,8 @@ def _mix_output(self:MixCallback, recipe, out):
 
 @patch
 def _sort(self:MixCallback):
-    "The rows in the order of their mixed lengths, for models that count on it"
+    "The rows in the order of their mixed lengths, for models that count on it; pasted rows keep their lengths"
+    if _is_pasted(self.mix, first(self.learn.xb)): return _check_pad(self.mix, self.learn.model)
     order,self._batch.mix = by_length(self.mix)
     self.learn.xb,self.learn.yb = (tuple(L(o).itemgot(order)) for o in (self.learn.xb, self.learn.yb))
 
@@ -312,6 +313,16 @@ def _check_whole(model, xb):
     "`DataParallel` splits a batch among its devices"
     if isinstance(model, nn.DataParallel) and len(model.device_ids)>1 and all_of(xb, MixedIds):
         raise TypeError("DataParallel would take mixed ids apart from their mix; train on several devices in learn.distrib_ctx() instead")
+
+def _is_pasted(mix, x):
+    over = mix.over(x)
+    return over is not None and over.dtype==torch.bool
+
+def _check_pad(mix, model):
+    "Padding that is pasted over words would mislead fastai's encoder of texts"
+    pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
+    if getattr(mix, 'pad', None)!=pad:
+        raise ValueError(f"the model's padding is {pad}, which must not be pasted over words; tell the recipe: spans(pad={pad})")
 
 def _sorts_by_length(model):
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it

@@ -6,7 +6,8 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/places.html.md"""
 
 # %% ../nbs/api/09_places.ipynb #imports
 from __future__ import annotations
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -78,7 +79,7 @@ def first_rows(
 
 # %% ../nbs/api/09_places.ipynb #stages
 def _weights(model):
-    "For each module the number of layers in it that have a weight matrix, embeddings apart; and the last of these layers"
+    "For each module the number of layers with a weight matrix, embeddings apart; and the last such layer"
     total,last = {},None
     def weigh(m):
         nonlocal last
@@ -140,9 +141,9 @@ def _stages(model):
 class Places(list):
     "Modules of a model, None for the input; shown by name, with shapes if an input is given"
     def __init__(self,
-        places, # Modules of `model`, or None for the input
+        places:Sequence, # Modules of `model`, or None for the input
         model:nn.Module, # Where they are named
-        xb=None # An input, or a tuple of inputs, of which the model is called once
+        xb:Any=None # An input, or a tuple of inputs, of which the model is called once
     ):
         super().__init__(places)
         self.model,self.shapes = model,{} if xb is None else _shapes(model, self, xb)
@@ -155,9 +156,9 @@ class Places(list):
         return '\n'.join(lines)
 
 def find_places(
-    at, # 'stages', a module, a list of modules in which None is the input, or a function from the model to these
+    at:str|nn.Module|Sequence|Callable|None, # 'stages', a module, a list of them (None: the input), or a function model -> such a list
     model:nn.Module, # The model they are looked for in
-    xb=None # An input, or a tuple of inputs: the model is called once, without gradients, and shapes are shown
+    xb:Any=None # An input, or a tuple of inputs: the model is called once, without gradients, and shapes are shown
 )->Places: # A list of modules; None: the input
     "The places named by `at`; they are shown by name"
     if isinstance(at, str) and at!='stages':
