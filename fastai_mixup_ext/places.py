@@ -156,7 +156,7 @@ class Places(list):
         return '\n'.join(lines)
 
 def find_places(
-    at:str|nn.Module|Sequence|Callable|None, # 'stages', a module, a list of them (None: the input), or a function model -> such a list
+    at:str|nn.Module|Sequence|Callable|None, # 'stages', a module, a list (None: the input), or a function model -> list
     model:nn.Module, # The model they are looked for in
     xb:Any=None # An input, or a tuple of inputs: the model is called once, without gradients, and shapes are shown
 )->Places: # A list of modules; None: the input

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['plain', 'like', 'is_number', 'dense', 'is_dense', 'is_sequence', 'all_of', 'first', 'rebuilt', 'take_rows']
+__all__ = ['plain', 'like', 'is_number', 'lerp_dtype', 'dense', 'is_dense', 'is_sequence', 'all_of', 'first', 'rebuilt',
+           'take_rows']
 
 # %% ../nbs/api/00_tensors.ipynb #plain
 def plain(
@@ -42,6 +43,14 @@ def is_number(
     "Does `x` hold numbers (floating or complex), rather than class numbers, ids or truth values?"
     kind = plain(x).dtype
     return kind.is_floating_point or kind.is_complex
+
+def lerp_dtype(
+    x:Tensor
+)->torch.dtype:
+    "What `x` is interpolated in: its own dtype where that is exact enough, else float32"
+    return x.dtype if x.dtype in _exact else torch.float32
+
+_exact = torch.float32, torch.float64, torch.complex64, torch.complex128
 
 def dense(
     x:Tensor,
