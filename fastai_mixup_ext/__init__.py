@@ -8,9 +8,10 @@ __version__ = "0.1.0"
 _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
-    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until without_hesitation',
-    'unbalanced': 'remix class_counts', 'regmix': 'regmixup',
-    'pairing': 'shuffled deranged within_class across_class by_target_distance balanced', 'metrics': 'mixed_accuracy'}
+    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'spans': 'spans',
+    'unbalanced': 'remix class_counts', 'regmix': 'regmixup', 'schedules': 'until without_hesitation',
+    'pairing': 'shuffled deranged within_class across_class by_target_distance balanced', 'places': 'find_places',
+    'metrics': 'mixed_accuracy'}
 _engine = {'compare': 'Comparison', 'find': 'compare_fits'}  # what mix_find is made of; to be imported by name
 _module = {name: module for module, names in {**_where, **_engine}.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # a type checker does not run what is below
     from .recipes import resizemix as resizemix
     from .recipes import one_of as one_of
     from .recipes import per_batch as per_batch
+    from .spans import spans as spans
+    from .places import find_places as find_places
     from .schedules import until as until
     from .schedules import without_hesitation as without_hesitation
     from .unbalanced import remix as remix
