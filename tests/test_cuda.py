@@ -1,9 +1,7 @@
 """What a GPU asks for: draws on the device, no waiting, half precision, channels last, compiled steps, memory, fastai's distribution.
 
 `pytest -m cuda` runs it on a GPU. Every test runs on the CPU too, and some on a GPU that is only made believe."""
-import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401  Learner.no_bar
 import pytest
@@ -19,12 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+from benchmarks.measure import peak_bytes
 from common import torch_27
 from fastai_mixup_ext import Batch, Mix, MixCallback, MixUpCallback, blend, cutmix, mixed_accuracy, mixed_loss, mixup, one_of
 from test_nosync import Reads, batch, check_compiled, each_recipe, losses, policies, pred_and_target, recipes, shuffled, train
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.measure import peak_bytes
 
 cells = {k:(o, shuffled) for k,o in recipes.items()} | {k:(mixup(.4), o) for k,o in policies.items()}
 each_cell = pytest.mark.parametrize('recipe,pair', cells.values(), ids=cells)
