@@ -134,7 +134,8 @@ def survives(one, tree, rest, limit):
     "Does no test notice the mutant?"
     file = tree/package/f'{one.module}.py'
     was = file.read_text()
-    for tests,seconds in (tuple(own_tests.get(one.module, one.module).split()), limit), (tuple(rest.split()), 5*limit):
+    own = f'edges {own_tests.get(one.module, one.module)}'
+    for tests,seconds in (tuple(own.split()), limit), (tuple(rest.split()), 5*limit):
         check(tree, tests, 5*limit)
         file.write_text(one.code)
         try:
