@@ -9,9 +9,9 @@ _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
     'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until',
-    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy'}
-_engine = {'compare': 'Comparison', 'find': 'compare_fits'}  # what mix_find is made of; to be imported by name
-_module = {name: module for module, names in {**_where, **_engine}.items() for name in names.split()}
+    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy',
+    'compare': 'Comparison', 'find': 'compare_fits'}
+_module = {name: module for module, names in _where.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
 
 if TYPE_CHECKING:  # a type checker does not run what is below
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # a type checker does not run what is below
     from .compare import Comparison as Comparison
     from .find import compare_fits as compare_fits
 
-__all__ = [name for names in _where.values() for name in names.split()]
+__all__ = [*_module]
 
 def __getattr__(name):
     if name not in _module: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
