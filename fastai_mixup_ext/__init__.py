@@ -1,7 +1,6 @@
 "mixup and its family for any fastai `Learner`: any data, any loss, exact"
 import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -14,7 +13,8 @@ _where = {  # the public names, each loaded when it is first asked for
 _module = {name: module for module, names in _where.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
 
-if TYPE_CHECKING:  # a type checker does not run what is below
+TYPE_CHECKING = False  # a type checker takes this name for True, and does not run what is below; importing `typing` takes longer
+if TYPE_CHECKING:
     from .callback import MixUpCallback as MixUpCallback
     from .callback import CutMixCallback as CutMixCallback
     from .callback import FMixCallback as FMixCallback
