@@ -266,7 +266,7 @@ def _seeds_in_words(self:Comparison):
     worth = WORTH if self.counts_errors else abs(self._error(self.baseline))/100
     n,size = self.needed(worth) if worth>0 else None,self._size(worth) + ' (1 %)'*(not self.counts_errors)
     if n is not None and n<=self.seeds: return f'a difference of {size} would probably have shown'
-    many = 'more than 10,000' if n is None else f'about {_digits(n)}'
+    many = 'more than 10,000' if n is None else f'about {float(_digits(n)):,.0f}'
     return f'to see a difference of {size} you would need {many} seeds'
 
 @patch(as_prop=True)

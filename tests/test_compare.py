@@ -272,7 +272,7 @@ def check_all_forms(c):
 @pytest.mark.parametrize('values,metric,words', [
     (dict(none=[5971., 5989., 5965.], a=[2970., 2990., 2961.]), 'loss', 'a: loss 2974 instead of 5975: 3001 lower ['),
     (dict(none=[5971., 5389., 6965.], a=[5970., 5990., 5961.]), 'loss',
-        'to see a difference of 61 in loss (1 %) you would need about 1400 seeds'),
+        'to see a difference of 61 in loss (1 %) you would need about 1,400 seeds'),
     (dict(none=[.1, .6, .2], a=[.6, .1, .8]), 'error_rate', 'to see a difference of 1 point you would need more than 10,000 seeds'),
     (dict(none=[3e-5, 3.1e-5, 3e-5], a=[1e-5, 1.1e-5, 1.01e-5]), 'mse', 'a: mse 0.000010 instead of 0.000030: 0.000020 lower ['),
     (dict(none=[.5, .6], a=[.6, .1]), 'accuracy', '2 seeds show no difference in errors, however large: their noise is too large')])
