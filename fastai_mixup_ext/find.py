@@ -30,7 +30,7 @@ from fastai.torch_basics import noop
 from fastai.torch_core import find_bs, get_random_states, num_distrib, set_random_states, set_seed
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 
 # %% auto #0
 __all__ = ['STEPS', 'ROUNDS', 'SECONDS', 'as_candidates', 'default_candidates', 'SameDraws', 'compare_fits']
@@ -275,19 +275,20 @@ def _duration(seconds):
     h,m,s = int(seconds//3600),int(seconds//60%60),math.ceil(seconds%60)
     return f'{h} h {m} min' if h else f'{m} min {s} s' if m else f'{s} s'
 
-def _say(line):
-    "Print `line`; on a terminal it takes the place of a bar, which is drawn anew below"
-    print(f'\r\x1b[K{line}' if sys.stdout.isatty() else line, flush=True)
-
 class _Progress:
     "One bar over the epochs of all runs, or a line for each run; and the expected time after the first epoch"
     def __init__(self, learn, runs, epochs):
         self.runs,self.epochs,self.done,self.began = runs,epochs or 1,0,None
         has_bar = any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
-        self.say = _say if has_bar or learn.logger is not noop else noop
+        self.speaks = has_bar or learn.logger is print  # under `no_logging` it is not
         self.words = f'{runs} runs' + (f' of {epochs} epochs' if epochs else '')
         self.bar = progress_bar(range(runs*self.epochs), leave=False) if has_bar else None
         if self.bar: self.bar.update(0)
+
+    def say(self, line):
+        "Print `line`; on a terminal it takes the place of the bar, which is drawn anew below"
+        over = ('\r\x1b[K' if sys.stdout.isatty() else '\n') if isinstance(self.bar, ConsoleProgressBar) else ''
+        if self.speaks: print(f'{over}{line}', flush=True)
 
     def start(self, name, seed):
         self.epoch,self.began = 0,self.began or perf_counter()
