@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .embeddings import MixedIds, by_length, mix_input
@@ -25,7 +25,7 @@ from .losses import source_loss, takes_numbers
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
-from .places import Place, find_places
+from .places import Place, find_places, first_rows
 from .recipes import Batch, Recipe, cutmix, fmix, mixup, per_batch, resizemix
 from .schedules import check_value, value_at
 from .tensors import all_of, first, is_number, lerp_dtype, plain
@@ -56,7 +56,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places'
     _learn = None
 
     def __init__(self,
@@ -64,7 +64,7 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
         if not isinstance(recipe, Recipe):
@@ -73,8 +73,8 @@ class MixCallback(Callback):
             raise TypeError(f"pair={reprlib.repr(pair)} must be a pairing policy such as shuffled: (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
-        if not (at is None or callable(at) or isinstance(at, (list, tuple))):
-            raise TypeError(f"at={reprlib.repr(at)} must be a module, a list, or a function from the model to these")
+        if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
+            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -85,7 +85,7 @@ class MixCallback(Callback):
 
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
-        self._batch,self._said,self._loss = _Live(),False,_Loss(None)
+        self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
 
     def __setattr__(self, name, value):
         "A property of ours hides nothing of the learner's; fastai would warn"
@@ -98,8 +98,8 @@ class MixCallback(Callback):
         if len(mixers)>1:
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
-        if self.at is not None: find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None))
+        places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model), _places=places)
         self.forget()
 
     def before_batch(self):
@@ -113,7 +113,7 @@ class MixCallback(Callback):
             self._batch.place = Place(learn.model, module, lambda out: self._mix_output(recipe, out))
             return
         self._batch.mix = self._draw(recipe, first(learn.xb), learn.yb)
-        if _sorts_by_length(learn.model): self._sort()
+        if self._sorts: self._sort()
         self._pair(learn.yb)
         learn.xb = tuple(mix_input(x, self.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
         _check_whole(learn.model, learn.xb)
@@ -150,7 +150,14 @@ class MixCallback(Callback):
         self._clear()
         self._scratch = {}
 
-    before_validate = after_train = after_epoch = after_fit = forget
+    before_validate = after_train = after_epoch = forget
+
+    def after_fit(self):
+        "Let go of the model too"
+        self.forget()
+        self._places = None
+
+    before_backward = after_backward = before_step = after_step = noop  # else fastai looks for them on learner and model
 
     @property
     def mix(self)->Mix|None:
@@ -236,7 +243,7 @@ def _for_loss(self:MixCallback, yb):
 def _chosen_place(self:MixCallback):
     "The module to mix at; None: the input"
     if self.at is None: return None
-    places = find_places(self.at, get_model(self.learn.model))
+    places = self._places or find_places(self.at, get_model(self.learn.model))
     if len(places)==1: return places[0]
     return places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
@@ -268,14 +275,17 @@ def _memory(self:MixCallback, x):
 
 @patch
 def _mix_output(self:MixCallback, recipe, out):
-    "The output of a place, mixed"
-    self._batch.mix = self._draw(recipe, first(out), self.learn.yb)
-    self._pair(self.learn.yb)
-    return mix_input(out, self.mix, name=f'the output of {type(self._batch.place.module).__name__}')
+    "The output of a place, mixed; a part of a text is mixed as the first part was"
+    b,x = self._batch,first(out)
+    if b.mix is None:
+        b.mix = self._draw(recipe, b.place.whole(x, len(first(self.learn.xb))), self.learn.yb)
+        self._pair(self.learn.yb)
+    return mix_input(out, first_rows(b.mix, len(x)), name=f'the output of {type(b.place.module).__name__}')
 
 @patch
 def _sort(self:MixCallback):
-    "The rows in the order of their mixed lengths, for models that count on it"
+    "The rows in the order of their mixed lengths, for models that count on it; pasted rows keep their lengths"
+    if _is_pasted(self.mix, first(self.learn.xb)): return _check_pad(self.mix, self.learn.model)
     order,self._batch.mix = by_length(self.mix)
     self.learn.xb,self.learn.yb = (tuple(L(o).itemgot(order)) for o in (self.learn.xb, self.learn.yb))
 
@@ -317,6 +327,16 @@ def _check_whole(model, xb):
     if isinstance(model, nn.DataParallel) and len(model.device_ids)>1 and all_of(xb, MixedIds):
         raise TypeError("DataParallel would take mixed ids apart from their mix; "
             "train on several devices in learn.distrib_ctx() instead")
+
+def _is_pasted(mix, x):
+    over = mix.over(x)
+    return over is not None and over.dtype==torch.bool
+
+def _check_pad(mix, model):
+    "Padding that is pasted over words would mislead fastai's encoder of texts"
+    pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
+    if getattr(mix, 'pad', None)!=pad:
+        raise ValueError(f"the model's padding is {pad}, which must not be pasted over words; tell the recipe: spans(pad={pad})")
 
 def _sorts_by_length(model):
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it

@@ -30,7 +30,7 @@ def shuffled(
 
 def uniform(
     size:tuple, # Shape of the result
-    device:torch.device|str,
+    device:torch.device|str, # A device, such as `cpu` or `cuda:0`
     generator:Generator|None=None # On `device`; None: torch's global generator
 )->Tensor: # float32
     "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` it can't be compiled for batches of any size"
