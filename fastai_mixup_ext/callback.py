@@ -157,7 +157,7 @@ class MixCallback(Callback):
         self.forget()
         self._places = None
 
-    before_backward = after_backward = before_step = after_step = noop  # else fastai looks for them on learner and model
+    before_backward = after_backward = before_step = after_step = noop  # fastai looks for missing ones on the model
 
     @property
     def mix(self)->Mix|None:
@@ -315,6 +315,7 @@ def _is_mixer(cb):
     return isinstance(cb, MixCallback) or not bases.isdisjoint(('MixHandler', 'MixHandlerX', 'MixHandler1d'))
 
 def _refuse_coordinates(yb):
+    "fastai's boxes and points are not averaged in silence"
     for i,y in enumerate(yb):
         if type(y) is Tensor: continue
         name = next((t.__name__ for t in type(y).__mro__ if t.__name__ in ('TensorBBox','TensorPoint')), None)
@@ -339,6 +340,7 @@ def _check_pad(mix, model):
         raise ValueError(f"the model's padding is {pad}, which must not be pasted over words; tell the recipe: spans(pad={pad})")
 
 def _sorts_by_length(model):
+    "Does it hold fastai's encoder of texts, which counts on rows sorted by length?"
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it
     return text is not None and any(isinstance(m, text.SentenceEncoder) for m in model.modules())
 
