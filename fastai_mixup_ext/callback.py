@@ -64,7 +64,7 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where to mix: 'stages', a module, a list (None: the input), or a function model -> list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
         if not isinstance(recipe, Recipe):
@@ -74,7 +74,7 @@ class MixCallback(Callback):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
         if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
-            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function from the model to these")
+            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> list")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -329,7 +329,7 @@ def _check_pad(mix, model):
     "Padding that is pasted over words would mislead fastai's encoder of texts"
     pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
     if getattr(mix, 'pad', None)!=pad:
-        raise ValueError(f"the model's padding is {pad}, which must not be pasted over words; tell the recipe: spans(pad={pad})")
+        raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spans(pad={pad})")
 
 def _sorts_by_length(model):
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it
