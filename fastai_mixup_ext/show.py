@@ -79,7 +79,7 @@ def _both(lam, a, b):
     if isinstance(a, Tensor) and a.is_floating_point() and a.numel()<20: return str((lam*a+(1-lam)*b).numpy().round(2))
     if isinstance(a, Tensor): return f'{p} + {q} of {tuple(a.shape)}'
     a,b = str(a)[:150],str(b)[:150]
-    return a if a==b or q=='0' else f'{p} {a} + {q} {b}'
+    return a if a==b or q=='0' else f'{p} × {a} + {q} × {b}'
 
 # %% ../nbs/api/12_show.ipynb #draw
 def _is_picture(o): return isinstance(o, Tensor) and o.dim()==3 and len(o) in (1,3)

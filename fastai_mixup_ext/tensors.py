@@ -38,7 +38,7 @@ def like(
 
 # %% ../nbs/api/00_tensors.ipynb #number
 def is_number(
-    x:Tensor
+    x:Tensor # A tensor of any dtype
 )->bool:
     "Does `x` hold numbers (floating or complex), rather than class numbers, ids or truth values?"
     kind = plain(x).dtype
@@ -53,7 +53,7 @@ def lerp_dtype(
 _exact = torch.float32, torch.float64, torch.complex64, torch.complex128
 
 def dense(
-    x:Tensor,
+    x:Tensor, # A tensor of any layout
     name:str # What the message calls it
 )->Tensor: # The plain tensor under `x`
     "`x` without its subclass, if its values lie in memory one by one; else a TypeError that names the remedy"
@@ -64,13 +64,15 @@ def dense(
     raise TypeError(f"{name} is a {kind} tensor, which can't be mixed; make it dense, e.g. {remedy}")
 
 def is_dense(
-    x:Tensor
+    x:Tensor # A tensor of any layout
 )->bool:
     "Are its values in memory one by one: not sparse, nested or quantised?"
     return x.layout==torch.strided and not (x.is_nested or x.is_quantized)
 
 # %% ../nbs/api/00_tensors.ipynb #struct
-def is_sequence(o)->bool:
+def is_sequence(
+    o # A tensor or a structure
+)->bool:
     "Is `o` a sequence of parts, not a tensor and not text?"
     return isinstance(o, Sequence) and not isinstance(o, (str, bytes, torch.Size, Tensor))
 
