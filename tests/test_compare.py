@@ -55,6 +55,8 @@ def test_paired_without_spread():
     e = paired([.3, .6, .9], [.2, .5, .8])  # up to rounding the same difference with every seed
     assert math.isclose(e.mean, .1) and e.low==e.high==e.mean and (e.p, e.sd)==(1, 0)
     assert paired([.1+.2], [.3]).mean==0  # rounding is no difference
+    e = paired(np.float32([.96, .97, .98]), np.float32([.95, .96, .97]))  # 32 bits: their spread is rounding as well
+    assert math.isclose(e.mean, .01, rel_tol=1e-4) and (e.p, e.sd)==(1, 0)
 
 def test_paired_with_one_or_no_pair():
     one,none = paired([2.], [1.]),paired([], [])
