@@ -233,7 +233,7 @@ def test_all_are_worse():
 def test_holm_decides():
     "p = .03 is a find alone, but not among five"
     d,base = np.array([-.018, -.005, -.014, -.007]),np.array([.1, .1, .1, .1])
-    others = zip('bcde', np.random.default_rng(0).normal(0, .007, (4, 4)))
+    others = zip('bcde', np.random.default_rng(0).normal(0, .012, (4, 4)))
     alone,among = figures(values=dict(none=base, a=base+d)),figures(values=dict(none=base, a=base+d) | {k: base+o for k,o in others})
     assert .01<alone.effects['a'].p<.05 and .01<among.effects['a'].p<.05
     assert alone.best=='a' and among.best is None
