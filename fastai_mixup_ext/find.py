@@ -322,8 +322,8 @@ class _Plan:
                 progress.start(name, seed)
                 run = _train(make(seed), name, parts, seed, self.fit, progress.after_epoch)
                 if torch.cuda.is_available(): gc.collect()  # a learner and its callbacks hold each other, and memory
-                progress.finish(run)
                 yield run
+                progress.finish(run)
 
 def _finished(plan, make, candidates, progress):
     "The finished runs, and a note if they were interrupted"
