@@ -56,7 +56,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places'
     _learn = None
 
     def __init__(self,
@@ -64,7 +64,7 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
         if not isinstance(recipe, Recipe):
@@ -74,7 +74,7 @@ class MixCallback(Callback):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
         if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
-            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function from the model to these")
+            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -85,7 +85,7 @@ class MixCallback(Callback):
 
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
-        self._batch,self._said,self._loss,self._sorts = _Live(),False,_Loss(None),False
+        self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
 
     def __setattr__(self, name, value):
         "A property of ours hides nothing of the learner's; fastai would warn"
@@ -98,8 +98,8 @@ class MixCallback(Callback):
         if len(mixers)>1:
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
-        if self.at is not None: find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model))
+        places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model), _places=places)
         self.forget()
 
     def before_batch(self):
@@ -150,8 +150,14 @@ class MixCallback(Callback):
         self._clear()
         self._scratch = {}
 
-    before_validate = after_train = after_epoch = after_fit = forget
-    before_backward = after_backward = before_step = after_step = noop  # else fastai looks for them on learner and model
+    before_validate = after_train = after_epoch = forget
+
+    def after_fit(self):
+        "Let go of the model too"
+        self.forget()
+        self._places = None
+
+    before_backward = after_backward = before_step = after_step = noop  # fastai looks for missing ones on the model
 
     @property
     def mix(self)->Mix|None:
@@ -237,7 +243,7 @@ def _for_loss(self:MixCallback, yb):
 def _chosen_place(self:MixCallback):
     "The module to mix at; None: the input"
     if self.at is None: return None
-    places = find_places(self.at, get_model(self.learn.model))
+    places = self._places or find_places(self.at, get_model(self.learn.model))
     if len(places)==1: return places[0]
     return places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
@@ -309,6 +315,7 @@ def _is_mixer(cb):
     return isinstance(cb, MixCallback) or not bases.isdisjoint(('MixHandler', 'MixHandlerX', 'MixHandler1d'))
 
 def _refuse_coordinates(yb):
+    "fastai's boxes and points are not averaged in silence"
     for i,y in enumerate(yb):
         if type(y) is Tensor: continue
         name = next((t.__name__ for t in type(y).__mro__ if t.__name__ in ('TensorBBox','TensorPoint')), None)
@@ -330,9 +337,10 @@ def _check_pad(mix, model):
     "Padding that is pasted over words would mislead fastai's encoder of texts"
     pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
     if getattr(mix, 'pad', None)!=pad:
-        raise ValueError(f"the model's padding is {pad}, which must not be pasted over words; tell the recipe: spans(pad={pad})")
+        raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spans(pad={pad})")
 
 def _sorts_by_length(model):
+    "Does it hold fastai's encoder of texts, which counts on rows sorted by length?"
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it
     return text is not None and any(isinstance(m, text.SentenceEncoder) for m in model.modules())
 

@@ -84,9 +84,7 @@ def class_loss(
     logp,labels,shares,axis = aligned
     if spec.logits: logp = F.log_softmax(logp, axis)
     acc = torch.float64 if logp.dtype==torch.float64 else torch.float32
-    labels,shares = torch.stack(labels, axis),torch.stack(shares, axis)
-    if labels.dtype!=torch.int64: labels = labels.long()
-    if shares.dtype!=acc: shares = shares.to(acc)
+    labels,shares = torch.stack(labels, axis).long(),torch.stack(shares, axis).to(acc)
     per_position = shares.sum()/(shares.numel()/-shares.shape[axis])  # minus the sum of a position's shares, on average
     count = shares.sum(axis) if spec.smooth_all else None
     ignored = labels==spec.ignore_index
@@ -120,6 +118,7 @@ def _flat(t, axis): return (t.transpose(axis, -1) if -t.dim()<=axis<t.dim() else
 def _by_position(share, pos): return (share if share.dim()>1 else share.view(-1, *[1]*(len(pos)-1))).expand(pos)
 
 def _look_up(logp, axis, labels):
+    "The log-probabilities of the labels; where one is out of range, an error that says so"
     try: return logp.gather(axis, labels)
     except RuntimeError as e:
         if labels.min()>=0 and labels.max()<logp.shape[axis]: raise

@@ -74,12 +74,14 @@ def is_by_row(
 def _marked(f): return getattr(f, 'mixes_by_row', False) is True or isinstance(f, partial) and _marked(f.func)
 
 def _known(f):
+    "Is it torch's or fastai's own, with unreduced values by row?"
     if isinstance(f, fastai_loss('BaseLoss')) and unchanged(f, *fastai_loss('BaseLoss')): return _known(f.func)
     if isinstance(f, partial): return not f.args and any(f.func is g for g in _functions)
     if any(f is g for g in _functions): return True
     return unchanged(f, *_of_positions, *_of_rows, *fastai_loss('FocalLoss', 'DiceLoss'))
 
 def _takes_reduction(f):
+    "Has a function the keyword `reduction`?"
     try: return 'reduction' in inspect.signature(f).parameters
     except (ValueError, TypeError): return False  # a builtin without a signature
 
@@ -115,6 +117,7 @@ def _unreduced(f, pred, yb):
     return g(pred, *yb)
 
 def _set_to_none(f, pred, yb):
+    "The loss itself, unreduced for this call"
     was,f.reduction = f.reduction,'none'
     try: return f(pred, *yb)
     finally: f.reduction = was
@@ -142,6 +145,7 @@ def _row_loss(f, pred, sources):
     return total.mean() if red=='mean' else total.sum() if red=='sum' else total
 
 def _reduction(f):
+    "The reduction of a function: set by `partial`, or its default"
     if isinstance(f, partial) and 'reduction' in f.keywords: return f.keywords['reduction']
     return inspect.signature(f).parameters['reduction'].default
 
@@ -173,6 +177,7 @@ def _aside(f):
     return g
 
 def _called(f, pred, yb):
+    "The loss, if it is one tensor"
     loss = f(pred, *yb)
     if isinstance(loss, Tensor): return loss
     raise TypeError(f"{loss_name(f)} returned a {type(loss).__name__}, which can't be mixed; "

@@ -57,5 +57,5 @@ def _checked_ids(x):
     "`x`, if it holds ids (n,T)"
     x = plain(x)
     if x.dim()==2 and not is_number(x) and x.dtype!=torch.bool: return x
-    raise ValueError(f"spans needs token ids, integers of shape (n,T), but x is {x.dtype} of shape {tuple(x.shape)}; use "
-        "cutmix for values with positions, mixup for other numbers")
+    raise ValueError(f"spans needs token ids, integers of shape (n,T), but x is {x.dtype} of shape {tuple(x.shape)}; "
+        "use cutmix for values with positions, mixup for other numbers")
