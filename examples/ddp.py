@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 import torch
 from accelerate.utils import gather_object
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, RandomSplitter,
-    accuracy, get_model, nn, num_distrib, patch, rank_distrib, set_seed)
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoaders, L, Learner,
+    RandomSplitter, accuracy, get_model, nn, num_distrib, patch, rank_distrib, set_seed)
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 patched onto Learner
 from fastai.distributed import DistributedDL, teardown_distrib
 from fastai.layers import ConvLayer, Flatten
@@ -20,7 +20,7 @@ gpu = torch.cuda.is_available()
 
 @patch
 def _broadcast(self:DistributedDL, t, rank):
-    "Rank 0's order of the rows, for all; fastai would send it through CUDA, even without one"
+    "Rank 0's order of the rows, for all; fastai would always use CUDA"
     t = torch.tensor(t, device=self.device)
     torch.distributed.broadcast(t, rank)
     return t.tolist()
@@ -61,7 +61,8 @@ def make_learner(file, seed=0, cbs=()):
     convs = ConvLayer(1, 16, stride=2), ConvLayer(16, 32, stride=2)
     model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, 10))
     ours = MixUpCallback(seed=seed),Checkpoint(file)
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[*ours, *cbs])
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+        cbs=[*ours, *cbs])
 
 def train(learn, epochs, resume=False):
     "Train in all the processes that the launcher started"
@@ -70,7 +71,7 @@ def train(learn, epochs, resume=False):
         learn.fit_one_cycle(epochs, 1e-2, start_epoch=start)
 
 def leave():
-    "Leave together: in PyTorch 2.3 a process that leaves early may keep the others waiting"
+    "Leave together: in PyTorch 2.3 who leaves early may keep the others waiting"
     if not torch.distributed.is_initialized(): return
     torch.distributed.barrier()
     teardown_distrib()

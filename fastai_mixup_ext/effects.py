@@ -12,9 +12,11 @@ import numpy as np
 from scipy import stats
 
 # %% auto #0
-__all__ = ['Effect', 'paired', 'holm', 'common_noise', 'steady', 'power', 'seeds_needed', 'smallest_effect']
+__all__ = ['ROUNDING', 'Effect', 'paired', 'holm', 'common_noise', 'steady', 'power', 'seeds_needed', 'smallest_effect']
 
 # %% ../nbs/api/13_effects.ipynb #effect
+ROUNDING = 1e-6  # of a value: measures come from numbers of 32 bits, so that less is no difference
+
 @dataclass(frozen=True)
 class Effect:
     "The mean of paired differences, with its interval over the seeds"
@@ -34,10 +36,10 @@ def paired(
     values,baseline = np.asarray(values, float),np.asarray(baseline, float)
     d,n = values-baseline,len(values)
     if not n: return Effect(*[math.nan]*5, 0)
-    d[np.abs(d) <= 1e-12*np.maximum(np.abs(values), np.abs(baseline))] = 0  # rounding is no difference
+    d[np.abs(d) <= ROUNDING*np.maximum(np.abs(values), np.abs(baseline))] = 0
     mean,df = float(d.mean()),max(n-1, noise[1])
     if n<2: return Effect(mean, *[math.nan]*4, n)
-    own = d.var(ddof=1) if np.ptp(d)>1e-12*np.abs(d).max() else 0.
+    own = d.var(ddof=1) if np.ptp(d)>ROUNDING*np.abs(values).max() else 0.
     sd = math.sqrt(np.fmax(own, noise[0]))
     half = float(stats.t.ppf(.975, df)*sd/math.sqrt(n))
     p = float(2*stats.t.sf(abs(mean)*math.sqrt(n)/sd, df)) if sd else 1.  # without spread the noise is unknown
@@ -65,7 +67,7 @@ def common_noise(
     v,df = values[which],len(X)-int(np.linalg.matrix_rank(X)) if X.size else 0
     if not df: return math.nan, 0
     left = v-X @ np.linalg.lstsq(X, v, rcond=None)[0]
-    return (2*float(left@left)/df if np.abs(left).max()>1e-12*np.abs(v).max() else 0.), df
+    return (2*float(left@left)/df if np.abs(left).max()>ROUNDING*np.abs(v).max() else 0.), df
 
 # %% ../nbs/api/13_effects.ipynb #compared
 def steady(

@@ -149,34 +149,33 @@ def _gap(learn):
         learn.validate(dl=dl, cbs=cb)
         return cb.total/max(cb.count, 1), cb.count
     valid,n = loss(learn.dls.valid)
-    return (loss(_Head(learn.dls.train, n))[0], valid) if n else None  # a callback may skip the validation
+    if not n: return None  # a callback skips the validation
+    train = learn.dls.train
+    return loss(_Few(train, _head(train, n), len(train)))[0], valid
 
-class _Head:
-    "The first batches of `dl`, with about `n` rows in all"
-    def __init__(self, dl, n): self.dl,self.n = dl,n
-    def __len__(self): return len(self.dl)
+class _Few:
+    "Some `batches` in the place of the loader `dl`"
+    def __init__(self, dl, batches, n): self.dl,self.batches,self.n = dl,batches,n
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.batches)
     def __getattr__(self, name): return getattr(object.__getattribute__(self, 'dl'), name)
-    def __iter__(self):
-        rows = 0
-        with _plain_tfms(self.dl):
-            for b in self.dl:
-                if rows>=self.n: break
-                rows += find_bs(b)
-                yield b
 
-def _plain_tfms(dl):
-    ds = getattr(dl, 'dataset', None)
-    return ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
+def _head(dl, n):
+    "The first batches of `dl`, transformed as for validation, with about `n` rows in all"
+    ds,rows = getattr(dl, 'dataset', None),0
+    with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext():
+        for b in dl:
+            if rows>=n: break
+            rows += find_bs(b)
+            yield b
 
 # %% ../nbs/api/16_find.ipynb #run
-def _fresh(parts, seed, memo):
-    "Callbacks of their own for one run; those that mix draw from a generator with the run's seed"
-    out = []
-    for p in parts:
-        cb = MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo)
-        if isinstance(cb, MixCallback): cb.seed = seed
-        out.append(cb)
-    return out
+def _fresh(parts, memo, **attrs):
+    "New callbacks of a candidate; those of ours get the attributes"
+    cbs = [MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo) for p in parts]
+    for cb in cbs:
+        if isinstance(cb, MixCallback): vars(cb).update(attrs)
+    return cbs
 
 def _quiet(learn):
     "No bars, no lines, and a recorder that has the validation's values"
@@ -190,7 +189,7 @@ def _train(learn, name, parts, seed, fit, tell):
     "One run"
     start = _Start()
     watch = _Watch(start, tell)
-    _quiet(learn).add_cbs([start, watch, SameDraws(seed), *_fresh(parts, seed, shared(learn))])
+    _quiet(learn).add_cbs([start, watch, SameDraws(seed), *_fresh(parts, shared(learn), seed=seed)])
     fit(learn)
     seconds = float(np.median(watch.steps)) if watch.steps else None
     return Run(name, seed, watch.curves, seconds, None if parts else _gap(learn))
@@ -198,13 +197,6 @@ def _train(learn, name, parts, seed, fit, tell):
 # %% ../nbs/api/16_find.ipynb #costs
 STEPS,ROUNDS = 6,30  # of the measurement; the first step of each round does not count
 SECONDS = 4.  # after which no new round begins, if there were three
-
-class _Few:
-    "Some batches in the place of a loader"
-    def __init__(self, dl, batches): self.dl,self.batches = dl,batches
-    def __len__(self): return len(self.batches)
-    def __iter__(self): return iter(self.batches)
-    def __getattr__(self, name): return getattr(object.__getattribute__(self, 'dl'), name)
 
 def _wait(t):
     "Wait for the accelerator that `t` is on"
@@ -223,9 +215,9 @@ def _step_seconds(trials, batches, parts):
     "The median of some training steps on `batches`"
     learn,start = _quiet(trials.new()),_Start()
     clock,dls = _Clock(start),copy(learn.dls)
-    dls.loaders = [_Few(learn.dls.train, batches), *learn.dls.loaders[1:]]
+    dls.loaders = [_Few(learn.dls.train, batches, len(batches)), *learn.dls.loaders[1:]]
     learn.dls = dls
-    learn.add_cbs([start, clock, *_fresh(parts, 0, shared(trials.learn))])
+    learn.add_cbs([start, clock, *_fresh(parts, shared(trials.learn), seed=0)])
     learn.fit(1)
     learn.remove_cbs(list(learn.cbs))  # lets go of the optimizer's memory
     return float(np.median(clock.seconds[1:] or [math.nan]))
@@ -330,8 +322,8 @@ class _Plan:
                 progress.start(name, seed)
                 run = _train(make(seed), name, parts, seed, self.fit, progress.after_epoch)
                 if torch.cuda.is_available(): gc.collect()  # a learner and its callbacks hold each other, and memory
-                progress.finish(run)
                 yield run
+                progress.finish(run)
 
 def _finished(plan, make, candidates, progress):
     "The finished runs, and a note if they were interrupted"
@@ -353,7 +345,7 @@ def _compare(plan, make, trials, candidates, metric, lower):
     return c
 
 def _suggest(parts, memo):
-    cbs = [MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo) for p in parts]
+    cbs = _fresh(parts, memo)
     return cbs[0] if len(cbs)==1 else cbs
 
 def _batches(trials):

@@ -90,6 +90,7 @@ def _show_picture(pic, ax, title, masks):
     lo,hi = pic.min(),pic.max()
     if lo<0 or hi>1: pic = (pic-lo)/(hi-lo)  # not colours: stretched to be seen
     show_image(pic, ctx=ax, title=title, **(dict(cmap='gray') if len(pic)==1 else {}))
+    ax.title.set_fontsize(10)  # two labels and their shares fit above a picture
     for mask,share in masks: ax.imshow(mask, alpha=.6*share, cmap='tab20', vmin=0, vmax=19, interpolation='nearest')
 
 def _titles(a, b, targets, lam):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 import torch
+from torch import Tensor  # noqa: F401 the reference reads it in the signature that SpanMix inherits
 from .mix import Mix
 from .recipes import Recipe
 from .schedules import check_value, value_at

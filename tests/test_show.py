@@ -128,7 +128,7 @@ def test_pictures():
 
 def label(i, j):
     a,b = (['cat','dog'][o%2] for o in (i, j))
-    return a if a==b else f'0.7 {a} + 0.3 {b}'
+    return a if a==b else f'0.7 × {a} + 0.3 × {b}'
 
 def test_plain_picture_tensors():
     axes = plain_learner(fixed()).show_mixed_batch(max_n=3)
@@ -171,7 +171,7 @@ def test_text():
     df = text_learner(fixed()).show_mixed_batch(max_n=4)
     assert len(df)==4
     texts = [' '.join('abcdefgh'[:k]) for k in range(2, 9)]
-    wanted = {*texts} | {f'0.7 {a} + 0.3 {b}' for a in texts for b in texts}
+    wanted = {*texts} | {f'0.7 × {a} + 0.3 × {b}' for a in texts for b in texts}
     labels = {'bad','good','0.7 × bad + 0.3 × good','0.7 × good + 0.3 × bad'}
     for text,label in df.itertuples(index=False): assert text in wanted and label in labels
 

@@ -14,7 +14,7 @@ stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '
 
 
 def from_package(sym):
-    "What the package exports as `sym`: a notebook's own copy has no source, and belongs to `__main__`. Two modules may have one of its name"
+    "What the package exports as `sym`, also if two modules have its name: a notebook's own copy has no source, and is `__main__`'s"
     name = sym.__qualname__
     found = [exported(o, name, sym) for o,syms in index['syms'].items() if f'{o}.{name}' in syms]
     return next((o for o in found if o.__doc__==sym.__doc__), sym)
