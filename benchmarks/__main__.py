@@ -1,5 +1,6 @@
 """Measure, print every table, and write `results.json` and the plots"""
 import json
+import traceback
 from pathlib import Path
 import pandas as pd
 import torch
@@ -23,26 +24,33 @@ def _tell(results, table, title, rows, **about):
 
 @call_parse
 def main(
-    only:str='', # Sections, comma separated: callback, switch, mixing, loss, memory, cut, training, compiled, tried, gpu; all by default
+    only:str='', # Sections, with commas: callback, switch, mixing, loss, memory, cut, training, step, compiled, tried, gpu; all by default
     quick:bool=False, # Small shapes and two rounds, all in one process: does everything run?
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy
     rounds:int=25, # Figures taken of each contender
-    out:Path=here # Folder for results.json and the plots
+    out:Path=None # Folder for results.json and the plots; by default here, for a GPU in `cuda`
 ):
     "Measure what mixing costs, beside every peer"
     chosen = only.split(',') if only else list(sections)
     unknown = set(chosen)-set(sections)
     if unknown: raise SystemExit(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
     run = Run(device, 2 if quick else rounds, quick)
+    out = out or (here if device=='cpu' else here/device)
     out.mkdir(parents=True, exist_ok=True)
     path = out/'results.json'
     results = json.loads(path.read_text()) if only and path.exists() else {}
+    failed = []
     for k in chosen:
-        tables,where = (measured if quick else apart)(k, run, threads)
+        try: tables,where = (measured if quick else apart)(k, run, threads)
+        except Exception:  # a machine with a GPU is lent for minutes: the other sections go on
+            failed.append(k)
+            traceback.print_exc()
+            continue
         for table,rows in tables.items(): _tell(results, table, sections[k].__doc__, rows, about=where)
         print('   '.join(f'{k} {v}' for k,v in where.items()), flush=True)
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
-    if rows := budgets(results): _tell(results, 'budgets', budgets.__doc__, rows)
+    if rows := budgets(results, run.device): _tell(results, 'budgets', budgets.__doc__, rows)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
     draw_plots(results, out)
+    if failed: raise SystemExit(f"failed: {', '.join(failed)}")

@@ -209,6 +209,21 @@ def _with_batches(learn, batches):
     learn.dls.loaders[0] = batches
     return learn
 
+# A training step
+
+def step(run):
+    "A step of a resnet18 in bfloat16 with mixing over one without; on a CPU it would take an hour"
+    if run.device=='cpu' and not run.quick: return {}
+    from torchvision.models import resnet18
+    shape,steps = ((8,3,32,32), 2) if run.quick else ((512,3,32,32), 30)
+    def make(cbs):
+        learn = learner(run, shape, steps, cbs, resnet18(num_classes=10))
+        return learn if run.device=='cpu' else learn.to_bf16()  # fastai's is for GPUs
+    fits = {k:make(cbs()) for k,cbs in callbacks.items()}
+    took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0, settle=True)
+    return {'step': [dict(batch=name(shape), who=k, **spread(took[k]/took['none'], 'time/none'),
+        ms=float(np.median(took[k]))*1000/steps) for k in fits]}
+
 # torch.compile
 
 def compiled(run):
@@ -252,7 +267,8 @@ def _kernels(f):
         torch.cuda.synchronize()
     return sum(e.count for e in prof.key_averages() if e.device_type==torch.autograd.DeviceType.CUDA)
 
-sections = {f.__name__:f for f in (callback, switch, mixing, loss, memory, cut, training, compiled, tried, gpu)}
+_all = callback, switch, mixing, loss, memory, cut, training, step, compiled, tried, gpu
+sections = {f.__name__:f for f in _all}
 
 def measured(
     section:str, # A key of `sections`
@@ -284,12 +300,27 @@ _budgets = [  # table, what identifies the row, figure, and the most that it may
     ('loss', dict(prediction='8×21×128×128', who='ours'), 'forward+backward', .8),
     ('memory', dict(batch='64×3×224×224', model='next to none'), 'ours', 1.)]
 
-def budgets(results):
+_on_a_gpu = [
+    ('step', dict(batch='512×3×32×32', who='ours'), 'time/none', 1.01),
+    *(('mixing', dict(batch=name(o), who=k), 'time/clone', 1.3) for o in mixing_cases for k in ('ours', 'ours, fresh memory')),
+    *(('memory', dict(batch=o), 'ours', 1.) for o in ('64×3×32×32', '64×3×224×224'))]
+_peers = 'torchvision', 'timm, into its input', 'fastai'  # on a GPU ours is no slower, in any size
+
+def budgets(
+    results:dict, # The tables so far
+    device:str='cpu'
+)->list:
     "What each figure may be, and what it was"
     rows = []
-    for table,key,figure,most in _budgets:
+    for table,key,figure,most in _budgets if device=='cpu' else [*_on_a_gpu, *_beside_peers(results)]:
         for r in results.get(table, {}).get('rows', []):
             if key.items()<=r.items():
                 met = 'yes' if round(r[figure], 2)<=most else 'missed'
                 rows.append(dict(table=table, row=', '.join(key.values()), figure=figure, budget=most, measured=r[figure], met=met))
     return rows
+
+def _beside_peers(results):
+    "For each size, what the quickest peer took"
+    for batch in map(name, mixing_cases):
+        took = [r['time/clone'] for r in results.get('mixing', {}).get('rows', []) if r['batch']==batch and r['who'] in _peers]
+        if took: yield 'mixing', dict(batch=batch, who='ours'), 'time/clone', round(min(took), 2)

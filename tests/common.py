@@ -1,6 +1,7 @@
 """Small learners of every kind, spies and faults: what several test files share."""
 from __future__ import annotations
 import contextlib
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -15,6 +16,19 @@ torch_27 = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2]))<
     reason="torch 2.6 and older can't compile all of it, watch every operation on fastai's tensors, or fake Apple's")
 
 BS,N,WIDTH,CLASSES = 7,21,13,3   # no weight of a model has BS rows, so that a tensor that has is a batch
+
+# Fewer cases
+
+def covering(cells, strength=2):
+    "Of these tuples as few as it takes for any `strength` settings that occur together to do so: pairs cost far less than the product"
+    cells = list(cells)
+    def together(cell): return {tuple((i, cell[i]) for i in axes) for axes in combinations(range(len(cell)), strength)}
+    new = {cell:together(cell) for cell in cells}
+    left,res = set().union(*new.values()),[]
+    while left:
+        res.append(max(cells, key=lambda cell: len(new[cell]&left)))
+        left -= new[res[-1]]
+    return [cell for cell in cells if cell in set(res)]
 
 # Faults
 

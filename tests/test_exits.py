@@ -7,8 +7,8 @@ from fastai.callback.core import CancelBatchException, event
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
 from torch.nn import functional as F
-from common import (BS, KINDS, N, Raise, TripCE, Watch, arm, armed, cancel, global_hooks, hooks_on, loaded_shapes, make_items, make_learner,
-    make_mixer)
+from common import (BS, KINDS, N, Raise, TripCE, Watch, arm, armed, cancel, covering, global_hooks, hooks_on, loaded_shapes, make_items,
+    make_learner, make_mixer)
 from fastai_mixup_ext import MixUpCallback, mixed_loss
 
 EVENTS = [e for e in vars(event) if e.startswith(('before_', 'after_')) and e!='after_create']
@@ -46,6 +46,7 @@ def check_export(learn, never, path, monkeypatch):
 
 PLACES = [(where, order) for where in EVENTS for order in (-5, 5)]  # in callbacks before and after ours
 PLACES += [('forward', 0), ('loss', 0), ('backward', 0)]
+CASES = covering((where, order, kind) for where,order in PLACES for kind in KINDS)
 
 def leave_at(learn, where, order, exc, nth=1, cbs=()):
     raiser = Raise(where, exc, order, nth)
@@ -54,8 +55,7 @@ def leave_at(learn, where, order, exc, nth=1, cbs=()):
     assert not armed(where) or raiser.nth<=0, "the exception was never raised"
     arm(None, None)
 
-@pytest.mark.parametrize('where,order', PLACES)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('where,order,kind', CASES)
 def test_any_exit(kind, where, order, tmp_path, monkeypatch):
     "One learner leaves by every exception in turn, each time in another batch, and is clean each time"
     cb = make_mixer(kind)

@@ -18,6 +18,7 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 import fastai_mixup_ext
+from common import covering
 from fastai_mixup_ext import (CutMixCallback, FMixCallback, MixCallback, MixUpCallback, ResizeMixCallback, across_class,
     by_target_distance, cutmix, deranged,
                               fmix, mixup, one_of, per_batch, resizemix, shuffled, until, within_class)
@@ -57,7 +58,7 @@ class Watch(Callback):
         self.steps.append(mix)
 
 
-# ---- every combination
+# ---- every two settings together
 
 recipes = {'mixup': lambda a: mixup(a), 'cutmix': lambda a: cutmix(a), 'fmix': lambda a: fmix(a), 'resizemix': lambda a: resizemix(),
     'one_of': lambda a: one_of(mixup(a), cutmix(1.), weights=[SchedLin(1, 0),1]),
@@ -69,8 +70,8 @@ schedules = {'numbers': dict(p=1., alpha=1.), 'alpha': dict(p=1., alpha=SchedCos
 places = {'input': None, 'module': lambda m: m.stem, 'list': lambda m: [None,m.stem,m.block], 'vector': lambda m: m.flat}
 cells = [(r, q, s, a) for r,q,s,a in itertools.product(recipes, pairings, schedules, places) if not (a=='vector' and r!='mixup')]
 
-@pytest.mark.parametrize('recipe,pair,schedule,place', cells)
-def test_every_combination(recipe, pair, schedule, place):
+@pytest.mark.parametrize('recipe,pair,schedule,place', covering(cells))
+def test_every_two_together(recipe, pair, schedule, place):
     kw = schedules[schedule]
     regression = pair=='by_target_distance'
     cb = MixCallback(recipes[recipe](kw['alpha']), p=kw['p'], pair=pairings[pair], at=places[place])

@@ -2,6 +2,7 @@
 import pickle
 import warnings
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn, tensor
 from torch.testing import assert_close
 
+from common import covering
 from fastai_mixup_ext import Mix, mixed_loss
 from fastai_mixup_ext.losses import by_row, is_by_row
 
@@ -73,12 +75,10 @@ families = {'nn': nn.CrossEntropyLoss, 'partial': partial(partial, F.cross_entro
             'Flat': CrossEntropyLossFlat, 'Smoothing': smoothing}
 cells = dict(nn='n series map', partial='n map', Quiet='n', nll='n map', **{'partial-nll': 'n'},
     Flat='flat series map text column', Smoothing='flat map text')
-cells = [(f, r, eps, ignore) for f,rs in cells.items() for r in rs.split() for eps in (0,.2) for ignore in (None,-100,2)
-         if not ('nll' in f and eps or f=='Smoothing' and ignore is not None)]
+cells = [(f, r, eps, ignore, weighted, red) for f,rs in cells.items() for r in rs.split() for eps in (0,.2) for ignore in (None,-100,2)
+         for weighted in (False,True) for red in reductions if not ('nll' in f and eps or f=='Smoothing' and ignore is not None)]
 
-@pytest.mark.parametrize('reduction', reductions)
-@pytest.mark.parametrize('weighted', [False,True], ids=['','weighted'])
-@pytest.mark.parametrize('family,rank,eps,ignore', cells)
+@pytest.mark.parametrize('family,rank,eps,ignore,weighted,reduction', covering(cells, 3))
 def test_cross_entropy(family, rank, eps, ignore, weighted, reduction):
     fastais,is_nll,axis = family in ('Flat','Smoothing'),'nll' in family,ranks[rank][1]
     dtype,tol = (torch.float32,2e-5) if fastais else (torch.float64,1e-9)  # fastai's losses cast to float32
@@ -207,10 +207,10 @@ numbers = {'mse': (nn.MSELoss, lambda z,t: (z-t)**2), 'mse-flat': (MSELossFlat, 
     'huber': (nn.HuberLoss, lambda z,t: np.where(abs(z-t)<1, (z-t)**2/2, abs(z-t)-.5)), 'poisson': (nn.PoissonNLLLoss,
         lambda z,t: np.exp(z)-t*z)}
 
-@pytest.mark.parametrize('reduction', reductions)
-@pytest.mark.parametrize('dtype', [torch.float64,torch.float32,torch.int64,torch.int8,torch.uint8,torch.bool], ids=str)
-@pytest.mark.parametrize('cls,row', numbers.values(), ids=numbers)
-def test_losses_that_take_numbers_see_blended_ones(cls, row, dtype, reduction):
+@pytest.mark.parametrize('name,dtype,reduction', covering(product(numbers,
+    [torch.float64,torch.float32,torch.int64,torch.int8,torch.uint8,torch.bool], reductions)))
+def test_losses_that_take_numbers_see_blended_ones(name, dtype, reduction):
+    cls,row = numbers[name]
     pred = torch.randn(n, C, dtype=torch.float64, requires_grad=True)
     y = torch.randint(2, (n,C)).to(dtype)
     t = np.array([[l*a+(1-l)*b for a,b in zip(y[i].tolist(), y[j].tolist())] for i,(l,j) in enumerate(zip(numpy(lams), mix.partner))])

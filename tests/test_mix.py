@@ -1,6 +1,7 @@
 """`blend` against a loop over rows: dtypes, shapes, masks, boxes, memory formats, subclasses; and the laws that it keeps."""
 import copy
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
+from common import covering
 from fastai_mixup_ext import Mix, blend, mixup
 from fastai_mixup_ext.embeddings import mix_input
 
@@ -77,9 +79,8 @@ def test_lam_one_and_zero_are_exact(dtype):
 
 # ---- masks
 
-@pytest.mark.parametrize('dtype', [*floats,*complexes,torch.uint8,*integers], ids=str)
-@pytest.mark.parametrize('per', ['row','batch'])
-@pytest.mark.parametrize('spatial', [(7,), (5,4), (33,7), (3,4,5)], ids=str)
+@pytest.mark.parametrize('spatial,per,dtype', covering(product([(7,), (5,4), (33,7), (3,4,5)], ['row','batch'],
+    [*floats,*complexes,torch.uint8,*integers])), ids=str)
 def test_cut(spatial, per, dtype):
     mask = masks(spatial)[per]
     x = draw((n,2,*spatial), dtype)

@@ -1,6 +1,7 @@
 """What the recipes draw: the labels' weights are the pictures' shares, and the draws follow their distributions."""
 import copy
 import pickle
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ from scipy.stats import beta, binomtest, chisquare, ks_2samp, kstest, uniform
 from torch import nn, tensor
 from torch.testing import assert_close
 
+from common import covering
 from fastai_mixup_ext import (Mix, Recipe, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_loss, mixup, one_of,
-    per_batch, resizemix, within_class)
+    per_batch, resizemix, shuffled, within_class)
 from fastai_mixup_ext.recipes import draw_beta
 
 class stripes(Recipe):
@@ -60,31 +62,19 @@ def label_weights(mix, n):
 
 # ---- the audit
 
-@each_recipe
-@each_shape
-@pytest.mark.parametrize('dtype', [torch.float32,torch.float64], ids=str)
-def test_the_loss_carries_the_shares_of_the_pixels(recipe, spatial, dtype):
-    "Picture i is 1 in channel i only, so that the means of the channels are the weights of the labels"
-    n = 9
+policies = {'shuffled': shuffled, 'deranged': deranged, 'within_class': within_class, 'across_class': across_class,
+    'by_target_distance': by_target_distance(3.)}
+
+@pytest.mark.parametrize('recipe,shape,pair,dtype', covering(product(recipes, shapes, policies, (torch.float32,torch.float64))))
+def test_the_loss_carries_the_shares_of_the_pixels(recipe, shape, pair, dtype):
+    "Picture i is 1 in channel i only, so that the means of the channels are the weights of the labels; a mask has the same share"
+    n,spatial = 9,shapes[shape]
     x = torch.eye(n, dtype=dtype).view(n, n, *[1]*len(spatial)).expand(n, n, *spatial).contiguous()
     for seed in range(3):
-        mix = recipe(x, torch.arange(n), generator=gen(seed))
+        mix = recipes[recipe](x, (torch.arange(n)//4, torch.arange(n).float()), pair=policies[pair], generator=gen(seed))
         assert mix.lam.shape==(n,) and mix.lam.dtype==torch.float32 and mix.lam.min()>=0 and mix.lam.max()<=1
         assert_close(blend(x, mix).flatten(2).mean(2).double(), label_weights(mix, n), rtol=0, atol=3e-6)
-
-@each_recipe
-@pytest.mark.parametrize('pair', [deranged,within_class,across_class,by_target_distance(3.)], ids=str)
-def test_the_audit_holds_for_every_pairing(recipe, pair):
-    n = 9
-    x = torch.eye(n).view(n, n, 1, 1).expand(n, n, 33, 7)
-    mix = recipe(x, (torch.arange(n)//4, torch.arange(n).float()), pair=pair, generator=gen())
-    assert_close(blend(x, mix).flatten(2).mean(2).double(), label_weights(mix, n), rtol=0, atol=3e-6)
-
-@each_recipe
-@each_shape
-def test_shares_are_those_of_the_mask(recipe, spatial):
-    mix = recipe(rows(6, *spatial), generator=gen(1))
-    if mix.mask is not None: assert_close(mix.mask.float().flatten(1).mean(1).expand(6), mix.lam, rtol=0, atol=2e-6)
+        if mix.mask is not None: assert_close(mix.mask.float().flatten(1).mean(1).expand(n), mix.lam, rtol=0, atol=2e-6)
 
 @pytest.mark.parametrize('dtype', [torch.uint8,torch.float16,torch.bfloat16], ids=str)
 @each_recipe

@@ -1,0 +1,44 @@
+"""What the other tests left open, found by mutants (`tools/mutants.py`): values at the edge, the second of two, another device."""
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from torch import nn, tensor
+
+from fastai_mixup_ext import across_class, by_target_distance, cutmix, fmix, mixup, resizemix, until, within_class
+from fastai_mixup_ext import pairing
+from fastai_mixup_ext.memory import Scratch
+from fastai_mixup_ext.places import Place
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+@pytest.mark.parametrize('value', [until(.5), by_target_distance(1.), mixup(), cutmix(), fmix(), resizemix()], ids=str)
+def test_a_value_does_not_change_and_is_a_key(value):
+    with pytest.raises(FrozenInstanceError): setattr(value, next(iter(vars(value))), .1)
+    assert {value: 1}[value]==1
+
+def test_the_first_of_two_targets_counts():
+    x,first,second = torch.zeros(6, 1),tensor([0,0,0,1,1,1]),tensor([0,1,0,1,0,1])
+    within = within_class(x, (first, second), gen())
+    assert (first[within]==first).all() and (first[across_class(x, (first, second), gen())]!=first).all()
+    near = by_target_distance(.1)(x, (first.float(), second.float()), gen())
+    assert (first[near]==first).all()
+
+def test_no_draw_leads_to_a_far_partner(monkeypatch):
+    "A uniform number may be 0, and the logarithm of it is not finite"
+    monkeypatch.setattr(pairing, 'uniform', lambda size, device, generator: torch.zeros(size))
+    y = tensor([9.,0.,5.])
+    assert by_target_distance(.1)(torch.zeros(3), y).tolist()==[0,1,2]
+
+def test_scratch_is_for_the_cpu(): assert Scratch().like(torch.empty(600, 1000, device='meta')) is None
+
+class Equal(nn.Module):
+    "A module that equals every other"
+    __hash__ = nn.Module.__hash__
+    def __eq__(self, other): return True
+    def forward(self, x): return x
+
+def test_a_place_is_a_module_and_not_its_equal():
+    model = nn.Sequential(Equal(), Equal(), nn.Flatten())
+    with Place(model, model[1], lambda out: out+1) as place: assert (model(torch.zeros(2, 3))==1).all() and place.done
+    with Place(model, model[2], lambda out: out+1) as place: assert (model(torch.zeros(2, 3))==1).all() and place.done
