@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn, tensor
 
-from fastai_mixup_ext import across_class, by_target_distance, cutmix, fmix, mixup, resizemix, until, within_class
+from fastai_mixup_ext import Mix, across_class, blend, by_target_distance, cutmix, fmix, mix_input, mixup, resizemix, until, within_class
 from fastai_mixup_ext import pairing
 from fastai_mixup_ext.memory import Scratch
 from fastai_mixup_ext.places import Place
@@ -29,6 +29,23 @@ def test_no_draw_leads_to_a_far_partner(monkeypatch):
     monkeypatch.setattr(pairing, 'uniform', lambda size, device, generator: torch.zeros(size))
     y = tensor([9.,0.,5.])
     assert by_target_distance(.1)(torch.zeros(3), y).tolist()==[0,1,2]
+
+bad = torch.inf,-torch.inf,torch.nan
+
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
+@pytest.mark.parametrize('where', ['lam','share','position'])
+@pytest.mark.parametrize('grad', [False,True])
+def test_what_keeps_all_is_as_it_was_beside_what_is_not_finite(dtype, where, grad):
+    "Row 0 keeps all of its own, row 1 is bad"
+    x = torch.randn(2, 3, 4).to(dtype)
+    ones,part = torch.ones(2),tensor([.5,.5])
+    mask = dict(lam=None, share=ones, position=torch.ones(2, 1, 4))[where]
+    mix = Mix(tensor([1,0]), ones if where=='lam' else part, mask)
+    for b in bad:
+        x[1] = b
+        res = blend(x.clone().requires_grad_(grad), mix)
+        assert torch.equal(res[0], x[0])
+    assert torch.equal(mix_input((x, x.real), mix)[1][0], x[0].real)
 
 def test_scratch_is_for_the_cpu(): assert Scratch().like(torch.empty(600, 1000, device='meta')) is None
 
