@@ -1,4 +1,7 @@
-"""Mix in a loop of accelerate's, in several processes: `accelerate launch --multi_gpu --num_processes 2 examples/with_accelerate.py`"""
+"""Mix in a loop of accelerate's, in several processes:
+
+    accelerate launch --multi_gpu --num_processes 2 examples/with_accelerate.py
+"""
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -9,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastai_mixup_ext import blend, mixed_loss, mixup
 
 digits = load_digits()
-data = TensorDataset(torch.tensor(digits.images[:,None]/16).float(), torch.tensor(digits.target))
+pictures = torch.tensor(digits.images[:,None]/16).float()
+data = TensorDataset(pictures, torch.tensor(digits.target))
 model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
 recipe,opt = mixup(.4),torch.optim.Adam(model.parameters(), 1e-2)
 
@@ -27,5 +31,6 @@ for x,y in loader:
 lam = mix.lam[:,None]
 soft = lam*F.one_hot(y, 10) + (1-lam)*F.one_hot(y[mix.partner], 10)
 assert_close(loss, -(soft*pred.log_softmax(1)).sum(1).mean())
-print(f'process {acc.process_index} of {acc.num_processes}: {len(loader)} batches, loss {loss.item():.2f}')
+where = f'process {acc.process_index} of {acc.num_processes}'
+print(f'{where}: {len(loader)} batches, loss {loss.item():.2f}')
 acc.end_training()

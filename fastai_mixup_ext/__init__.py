@@ -1,20 +1,21 @@
 "mixup and its family for any fastai `Learner`: any data, any loss, exact"
 import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
-    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'schedules': 'until',
-    'pairing': 'shuffled deranged within_class across_class by_target_distance', 'metrics': 'mixed_accuracy'}
-_engine = {'compare': 'Comparison', 'find': 'compare_fits'}  # what mix_find is made of; to be imported by name
-_module = {name: module for module, names in {**_where, **_engine}.items() for name in names.split()}
+    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'spans': 'spans',
+    'unbalanced': 'remix class_counts', 'regmix': 'regmixup', 'schedules': 'until without_hesitation',
+    'pairing': 'shuffled deranged within_class across_class by_target_distance balanced', 'places': 'find_places',
+    'metrics': 'mixed_accuracy', 'compare': 'Comparison', 'find': 'compare_fits'}
+_module = {name: module for module, names in _where.items() for name in names.split()}
 _patches = 'show', 'find'  # what a callback brings along: methods of the learner
 
-if TYPE_CHECKING:  # a type checker does not run what is below
+TYPE_CHECKING = False  # a type checker takes this name for True; importing `typing` takes longer
+if TYPE_CHECKING:
     from .callback import MixUpCallback as MixUpCallback
     from .callback import CutMixCallback as CutMixCallback
     from .callback import FMixCallback as FMixCallback
@@ -33,17 +34,24 @@ if TYPE_CHECKING:  # a type checker does not run what is below
     from .recipes import resizemix as resizemix
     from .recipes import one_of as one_of
     from .recipes import per_batch as per_batch
+    from .spans import spans as spans
+    from .places import find_places as find_places
     from .schedules import until as until
+    from .schedules import without_hesitation as without_hesitation
+    from .unbalanced import remix as remix
+    from .unbalanced import class_counts as class_counts
+    from .regmix import regmixup as regmixup
     from .pairing import shuffled as shuffled
     from .pairing import deranged as deranged
     from .pairing import within_class as within_class
     from .pairing import across_class as across_class
     from .pairing import by_target_distance as by_target_distance
+    from .pairing import balanced as balanced
     from .metrics import mixed_accuracy as mixed_accuracy
     from .compare import Comparison as Comparison
     from .find import compare_fits as compare_fits
 
-__all__ = [name for names in _where.values() for name in names.split()]
+__all__ = [*_module]
 
 def __getattr__(name):
     if name not in _module: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 
 # %% ../nbs/api/10_callback.ipynb #imports
 from __future__ import annotations
-import sys
+import reprlib, sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from numbers import Integral
@@ -16,17 +16,19 @@ from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from .embeddings import MixedIds, by_length, mix_input
-from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, source_loss, takes_numbers, uncompiled
+from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, loss_name
+from .losses import source_loss, takes_numbers
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
-from .places import Place, find_places
+from .places import Place, find_places, first_rows
 from .recipes import Batch, Recipe, cutmix, fmix, mixup, per_batch, resizemix
 from .schedules import check_value, value_at
-from .tensors import all_of, first, is_number, plain
+from .tensors import all_of, first, is_number, lerp_dtype, plain
 
 # %% auto #0
 __all__ = ['At', 'MixCallback', 'MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback']
@@ -41,7 +43,7 @@ class _Loss:
 class _Live:
     "What the callback knows about the current batch"
     mix = place = None
-    sources = None             # [(targets, share)]: what the loss is taken of; None: the batch is not mixed, or its targets are another's
+    sources = None             # [(targets, share)]: what the loss is taken of; None: not mixed, or another's targets
     own = seen = ()            # the targets as they came, and as the other callbacks see them
     away = None                # the targets while they are away from the learner
     floated = predicted = over = False  # were integers made numbers? is there a prediction? has the batch ended?
@@ -54,7 +56,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places'
     _learn = None
 
     def __init__(self,
@@ -62,17 +64,17 @@ class MixCallback(Callback):
         *,
         p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
         pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
         seed:int|None=None # Seed of the callback's own generators; None: torch's global one
     ):
         if not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe={recipe!r} must be a recipe such as mixup(.4), or an instance of a subclass of Recipe")
+            raise TypeError(f"recipe={reprlib.repr(recipe)} must be a recipe such as mixup(.4), an instance of Recipe")
         if not callable(pair):
-            raise TypeError(f"pair={pair!r} must be a pairing policy such as shuffled: a function of (x, yb, generator)")
+            raise TypeError(f"pair={reprlib.repr(pair)} must be a pairing policy such as shuffled: (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
-            raise TypeError(f"seed={seed!r} must be an int, or None for torch's global generator")
-        if not (at is None or callable(at) or isinstance(at, (list, tuple))):
-            raise TypeError(f"at={at!r} must be a module, a list of modules, or a function from the model to these")
+            raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
+        if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
+            raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
@@ -81,7 +83,9 @@ class MixCallback(Callback):
         "The learner's, found at once: at every event fastai would look for it on the learner and then on the model"
         return self._learn.model.training
 
-    def _init_state(self): self._gens,self._scratch,self._batch,self._said,self._loss,self._state = {},{},_Live(),False,_Loss(None),{}
+    def _init_state(self):
+        self._gens,self._scratch,self._state = {},{},{}
+        self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
 
     def __setattr__(self, name, value):
         "A property of ours hides nothing of the learner's; fastai would warn"
@@ -94,23 +98,25 @@ class MixCallback(Callback):
         if len(mixers)>1:
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
-        if self.at is not None: find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None))
+        places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model), _places=places)
         self.forget()
 
     def before_batch(self):
         "Draw a mix, mix the inputs, and shuffle the targets"
         self._clear()
-        recipe = None if self.learn is None else self._chosen()  # None: another callback has just removed us
+        learn = self.learn
+        recipe = None if learn is None else self._chosen()  # None: another callback has just removed us
         if recipe is None: return
         module = self._chosen_place()
-        if module is not None: self._batch.place = Place(self.learn.model, module, lambda out: self._mix_output(recipe, out))
-        else:
-            self._batch.mix = self._draw(recipe, first(self.learn.xb), self.learn.yb)
-            if _sorts_by_length(self.learn.model): self._sort()
-            self._pair(self.learn.yb)
-            self.learn.xb = tuple(mix_input(o, self.mix, self._memory, f'input {i}') for i,o in enumerate(self.learn.xb))
-            _check_whole(self.learn.model, self.learn.xb)
+        if module is not None:
+            self._batch.place = Place(learn.model, module, lambda out: self._mix_output(recipe, out))
+            return
+        self._batch.mix = self._draw(recipe, first(learn.xb), learn.yb)
+        if self._sorts: self._sort()
+        self._pair(learn.yb)
+        learn.xb = tuple(mix_input(x, self.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
+        _check_whole(learn.model, learn.xb)
 
     def after_pred(self):
         "Take away targets that need a pair of losses"
@@ -144,7 +150,14 @@ class MixCallback(Callback):
         self._clear()
         self._scratch = {}
 
-    before_validate = after_train = after_epoch = after_fit = forget
+    before_validate = after_train = after_epoch = forget
+
+    def after_fit(self):
+        "Let go of the model too"
+        self.forget()
+        self._places = None
+
+    before_backward = after_backward = before_step = after_step = noop  # fastai looks for missing ones on the model
 
     @property
     def mix(self)->Mix|None:
@@ -168,7 +181,7 @@ class MixCallback(Callback):
 
     @property
     def sources(self)->list|None:
-        "The targets of the current batch and their shares, as `sources` of a mix returns them; None when it is not mixed"
+        "The targets of the current batch and their shares, as `Mix.sources` returns them; None when it is not mixed"
         return self._batch.sources
 
     def draw(self, xb:Sequence, yb:Sequence)->Mix:
@@ -221,16 +234,16 @@ def _for_loss(self:MixCallback, yb):
     if self._loss.rows or all(map(is_number, yb)): return self.recipe
     if not (self._said or isinstance(self.recipe, per_batch)):
         self._said = True
-        f = uncompiled(loss_func)
-        warn(f"{getattr(f, '__name__', type(f).__name__)} is not known by row, so each batch is mixed with one lam. If with "
-            "reduction='none' it gives one value per row or position, and its mean is theirs, mark it: by_row(loss_func)", stacklevel=4)
+        warn(f"{loss_name(loss_func)} is not known by row, so each batch is mixed with one lam. If with "
+            "reduction='none' it gives one value per row or position, and its mean is theirs, "
+            "mark it: by_row(loss_func)", stacklevel=4)
     return per_batch(self.recipe)
 
 @patch
 def _chosen_place(self:MixCallback):
     "The module to mix at; None: the input"
     if self.at is None: return None
-    places = find_places(self.at, get_model(self.learn.model))
+    places = self._places or find_places(self.at, get_model(self.learn.model))
     if len(places)==1: return places[0]
     return places[torch.randint(len(places), (1,), generator=self._generator('cpu'), device='cpu').item()]
 
@@ -238,7 +251,8 @@ def _chosen_place(self:MixCallback):
 def _draw(self:MixCallback, recipe, x, yb):
     "The mix of the rows of `x`, the first input or the output of a place"
     x = plain(x)
-    return recipe.checked_draw(Batch(x, yb, pair=self.pair, progress=self._progress(), generator=self._generator(x.device)))
+    generator = self._generator(x.device)
+    return recipe.checked_draw(Batch(x, yb, pair=self.pair, progress=self._progress(), generator=generator))
 
 # %% ../nbs/api/10_callback.ipynb #parts
 @patch
@@ -256,21 +270,22 @@ def _pair(self:MixCallback, yb):
 def _memory(self:MixCallback, x):
     "Memory like `x`: that of the step before, if it is free"
     self._batch.tensors += 1
-    if x.dtype not in _keeps_dtype: return None
+    if lerp_dtype(x)!=x.dtype: return None
     return self._scratch.setdefault(self._batch.tensors, Scratch()).like(x)
-
-_keeps_dtype = torch.float32, torch.float64, torch.complex64, torch.complex128  # the others are mixed by way of float32
 
 @patch
 def _mix_output(self:MixCallback, recipe, out):
-    "The output of a place, mixed"
-    self._batch.mix = self._draw(recipe, first(out), self.learn.yb)
-    self._pair(self.learn.yb)
-    return mix_input(out, self.mix, name=f'the output of {type(self._batch.place.module).__name__}')
+    "The output of a place, mixed; a part of a text is mixed as the first part was"
+    b,x = self._batch,first(out)
+    if b.mix is None:
+        b.mix = self._draw(recipe, b.place.whole(x, len(first(self.learn.xb))), self.learn.yb)
+        self._pair(self.learn.yb)
+    return mix_input(out, first_rows(b.mix, len(x)), name=f'the output of {type(b.place.module).__name__}')
 
 @patch
 def _sort(self:MixCallback):
-    "The rows in the order of their mixed lengths, for models that count on it"
+    "The rows in the order of their mixed lengths, for models that count on it; pasted rows keep their lengths"
+    if _is_pasted(self.mix, first(self.learn.xb)): return _check_pad(self.mix, self.learn.model)
     order,self._batch.mix = by_length(self.mix)
     self.learn.xb,self.learn.yb = (tuple(L(o).itemgot(order)) for o in (self.learn.xb, self.learn.yb))
 
@@ -283,7 +298,7 @@ def _give_back(self:MixCallback):
     return True
 
 @patch
-def _clear(self:MixCallback): vars(self._batch).clear()  # a new attribute would cost fastai's check that it hides none of the learner's
+def _clear(self:MixCallback): vars(self._batch).clear()  # fastai checks each attribute that is set on a callback
 
 def _same(yb, seen):
     "Are these the targets that were seen? A cast keeps their memory, a copy their values"
@@ -296,9 +311,11 @@ def _same(yb, seen):
 
 def _is_mixer(cb):
     "Ours, or another library's: fastai's, fastxtend's and tsai's mixers have these bases"
-    return isinstance(cb, MixCallback) or any(t.__name__ in ('MixHandler','MixHandlerX','MixHandler1d') for t in type(cb).__mro__)
+    bases = {t.__name__ for t in type(cb).__mro__}
+    return isinstance(cb, MixCallback) or not bases.isdisjoint(('MixHandler', 'MixHandlerX', 'MixHandler1d'))
 
 def _refuse_coordinates(yb):
+    "fastai's boxes and points are not averaged in silence"
     for i,y in enumerate(yb):
         if type(y) is Tensor: continue
         name = next((t.__name__ for t in type(y).__mro__ if t.__name__ in ('TensorBBox','TensorPoint')), None)
@@ -309,9 +326,21 @@ def _refuse_coordinates(yb):
 def _check_whole(model, xb):
     "`DataParallel` splits a batch among its devices"
     if isinstance(model, nn.DataParallel) and len(model.device_ids)>1 and all_of(xb, MixedIds):
-        raise TypeError("DataParallel would take mixed ids apart from their mix; train on several devices in learn.distrib_ctx() instead")
+        raise TypeError("DataParallel would take mixed ids apart from their mix; "
+            "train on several devices in learn.distrib_ctx() instead")
+
+def _is_pasted(mix, x):
+    over = mix.over(x)
+    return over is not None and over.dtype==torch.bool
+
+def _check_pad(mix, model):
+    "Padding that is pasted over words would mislead fastai's encoder of texts"
+    pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
+    if getattr(mix, 'pad', None)!=pad:
+        raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spans(pad={pad})")
 
 def _sorts_by_length(model):
+    "Does it hold fastai's encoder of texts, which counts on rows sorted by length?"
     text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it
     return text is not None and any(isinstance(m, text.SentenceEncoder) for m in model.modules())
 
@@ -351,49 +380,37 @@ def _leave_twin(cb, learn):
     setattr(learn, cb.name, twin)
 
 # %% ../nbs/api/10_callback.ipynb #mixup
+@delegates()
 class MixUpCallback(MixCallback):
     "`MixCallback` with the recipe `mixup(alpha)`"
     def __init__(self,
         alpha:float|Callable=.4, # >= 0, or a function of the fraction of training done; 0: off
-        *,
-        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
-        pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
-        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
-    ): super().__init__(mixup(alpha), p=p, pair=pair, at=at, seed=seed)
+        **kwargs
+    ): super().__init__(mixup(alpha), **kwargs)
 
 # %% ../nbs/api/10_callback.ipynb #cutmix
+@delegates()
 class CutMixCallback(MixCallback):
     "`MixCallback` with the recipe `cutmix(alpha)`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        *,
-        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
-        pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
-        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
-    ): super().__init__(cutmix(alpha), p=p, pair=pair, at=at, seed=seed)
+        **kwargs
+    ): super().__init__(cutmix(alpha), **kwargs)
 
 # %% ../nbs/api/10_callback.ipynb #fmix
+@delegates()
 class FMixCallback(MixCallback):
     "`MixCallback` with the recipe `fmix(alpha)`; for another `decay`: `MixCallback(fmix(alpha, decay))`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        *,
-        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
-        pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
-        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
-    ): super().__init__(fmix(alpha), p=p, pair=pair, at=at, seed=seed)
+        **kwargs
+    ): super().__init__(fmix(alpha), **kwargs)
 
 # %% ../nbs/api/10_callback.ipynb #resizemix
+@delegates()
 class ResizeMixCallback(MixCallback):
     "`MixCallback` with the recipe `resizemix(scale)`"
     def __init__(self,
-        scale:tuple[float,float]=(.1,.8), # Smallest and largest side of the box, as fractions of the picture's; 0 < low <= high <= 1
-        *,
-        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
-        pair:Callable=shuffled, # Pairing policy
-        at:At=None, # Where to mix: a module, a list of them (None: the input), or a function model -> such a list
-        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
-    ): super().__init__(resizemix(scale), p=p, pair=pair, at=at, seed=seed)
+        scale:tuple[float,float]=(.1,.8), # Sides of the box, as fractions of the picture's: 0 < low <= high <= 1
+        **kwargs
+    ): super().__init__(resizemix(scale), **kwargs)

@@ -48,7 +48,7 @@ def unchanged(
     "Is `f` one of `classes`, or of a subclass that changes nothing of the computation?"
     cls = next((c for c in classes if isinstance(f, c)), None)
     if cls is None: return False
-    if 'forward' in vars(f) or getattr(f, '_forward_hooks', None) or getattr(f, '_forward_pre_hooks', None): return False
+    if 'forward' in vars(f) or any(getattr(f, k, None) for k in ('_forward_hooks', '_forward_pre_hooks')): return False
     computes = 'forward', '__call__', '_one_hot', '_contiguous', 'reduction'
     return type(f) is cls or all(getattr(type(f), k, None) is getattr(cls, k, None) for k in computes)
 
@@ -64,7 +64,8 @@ def as_classes(
         names = {'weight':'weight', 'ignore_index':'ignore_index', 'reduction':'reduction', 'label_smoothing':'eps'}
         known = not f.args and inspect.isroutine(f.func) and set(f.keywords)<=set(names)
         return as_classes(f.func, **{names[k]:v for k,v in f.keywords.items()}) if known else None
-    if unchanged(f, nn.CrossEntropyLoss): return Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing, **more)
+    if unchanged(f, nn.CrossEntropyLoss):
+        return Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing, **more)
     if unchanged(f, nn.NLLLoss): return Classes(f.weight, f.ignore_index, f.reduction, logits=False, **more)
     if unchanged(f, *fastai_loss('LabelSmoothingCrossEntropy')):
         return Classes(f.weight, reduction=f.reduction, eps=f.eps, smooth_all=True, **more)
@@ -78,39 +79,38 @@ def class_loss(
     sources:list # [(labels, share)]: labels, one for each position of `pred`, and their share (n,) or one per position
 )->Tensor|None: # Reduced as `spec` says; None: labels and prediction do not fit, and the loss itself will say so
     "The sum over the sources of share times cross-entropy, reduced once"
-    logp,labels,shares,axis = _aligned(spec, plain(pred), [(plain(y), s) for y,s in sources])
-    if logp is None: return None
+    aligned = _aligned(spec, plain(pred), [(plain(y), s) for y,s in sources])
+    if aligned is None: return None
+    logp,labels,shares,axis = aligned
     if spec.logits: logp = F.log_softmax(logp, axis)
     acc = torch.float64 if logp.dtype==torch.float64 else torch.float32
-    labels,shares = torch.stack(labels, axis),torch.stack(shares, axis)
-    if labels.dtype!=torch.int64: labels = labels.long()
-    if shares.dtype!=acc: shares = shares.to(acc)
-    per_position = shares.sum()/(shares.numel()/shares.shape[axis])  # the sum of the shares of one, on average
+    labels,shares = torch.stack(labels, axis).long(),torch.stack(shares, axis).to(acc)
+    per_position = shares.sum()/(shares.numel()/-shares.shape[axis])  # minus the sum of a position's shares, on average
     count = shares.sum(axis) if spec.smooth_all else None
     ignored = labels==spec.ignore_index
     counts = shares.masked_fill_(ignored, 0)
     labels.masked_fill_(ignored, 0)
     weighted = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
-    total = weighted.sum()/per_position if spec.reduction=='mean' else 1
+    total = weighted.sum()/per_position if spec.reduction=='mean' else -1
     loss = _look_up(logp, axis, labels)
     loss.detach().masked_fill_(weighted.logical_not(), 0)  # past autograd: times a share of 0 its gradient is 0 anyway
     if spec.eps and not spec.smooth_all: count = counts.sum(axis)
-    loss = _reduced(spec, logp, loss*(weighted/-total), count, total, axis)
+    loss = _reduced(spec, logp, loss*(weighted/total), count, total, axis)
     return loss if loss.dtype==logp.dtype else loss.to(logp.dtype)
 
 def _aligned(spec, pred, sources):
-    "Prediction, labels and shares by position, and the axis of the classes. fastai's losses flatten where shapes differ"
+    "Prediction, labels and shares by position, and the classes' axis. fastai's losses flatten where shapes differ"
     d,axis = pred.dim(),spec.axis
     labels,shares = [y for y,_ in sources],[s for _,s in sources]
-    if d<2 or pred.numel()==0 or any(y.dtype==torch.bool for y in labels) or not -d<=axis<d: return None,None,None,None
+    if d<2 or pred.numel()==0 or any(y.dtype==torch.bool for y in labels) or not -d<=axis<d: return None
     axis %= d
     pos = pred.shape[:axis]+pred.shape[axis+1:]
     if spec.flat and not (labels[0].shape==pos and (d<5 or axis==d-1)):
         flat = [_flat(y, spec.axis) for y in labels]
-        if flat[0].numel()*pred.shape[axis]!=pred.numel(): return None,None,None,None
+        if flat[0].numel()*pred.shape[axis]!=pred.numel(): return None
         shares = [_flat(_by_position(s, y.shape), spec.axis) for s,y in zip(shares, labels)]
         return pred.transpose(axis, -1).reshape(-1, pred.shape[axis]),flat,shares,1
-    if any(y.shape!=pos for y in labels): return None,None,None,None
+    if any(y.shape!=pos for y in labels): return None
     return pred,labels,shares if len(pos)==1 else [_by_position(s, pos) for s in shares],axis
 
 def _flat(t, axis): return (t.transpose(axis, -1) if -t.dim()<=axis<t.dim() else t).reshape(-1)
@@ -118,20 +118,23 @@ def _flat(t, axis): return (t.transpose(axis, -1) if -t.dim()<=axis<t.dim() else
 def _by_position(share, pos): return (share if share.dim()>1 else share.view(-1, *[1]*(len(pos)-1))).expand(pos)
 
 def _look_up(logp, axis, labels):
+    "The log-probabilities of the labels; where one is out of range, an error that says so"
     try: return logp.gather(axis, labels)
     except RuntimeError as e:
         if labels.min()>=0 and labels.max()<logp.shape[axis]: raise
-        rule = f"labels must lie between 0 and {logp.shape[axis]-1}, the last class of the prediction, or be ignored (`ignore_index`)"
-        raise ValueError(f"{rule}; they run from {labels.min().item()} to {labels.max().item()}") from e
+        raise ValueError(f"labels must lie between 0 and {logp.shape[axis]-1}, the last class of the prediction, "
+            f"or be ignored (`ignore_index`); they run from {labels.min().item()} to {labels.max().item()}") from e
 
 def _reduced(spec, logp, loss, count, total, axis):
     "Add the smoothing to the `loss` of the sources, which lie along `axis`, and reduce"
     if not spec.eps and spec.reduction!='none': return loss.sum()
     loss = loss.sum(axis)
     if spec.eps:
-        w = spec.weight if spec.weight is not None and not spec.smooth_all else None
-        smooth = -(logp if w is None else logp*w.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))).sum(axis) * (spec.eps/logp.shape[axis])
+        weighs = spec.weight is not None and not spec.smooth_all
+        if weighs: logp = logp*spec.weight.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))
+        smooth = logp.sum(axis) * (-spec.eps/logp.shape[axis])
         if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum() + (smooth*count).mean()
-        loss = (1-spec.eps)*loss + (smooth*count if spec.smooth_all else (smooth*(count/total)).masked_fill(count==0, 0))
+        smooth = smooth*count if spec.smooth_all else (smooth*(count/-total)).masked_fill(count==0, 0)
+        loss = (1-spec.eps)*loss + smooth
     if spec.reduction!='none': return loss.sum()
     return loss.unsqueeze(axis).transpose(axis, -1).reshape(-1) if spec.flat else loss

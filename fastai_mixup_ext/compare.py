@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from .effects import Effect, holm, paired, seeds_needed, smallest_effect
+from .effects import Effect, common_noise, holm, paired, seeds_needed, smallest_effect, steady
 
 # %% auto #0
-__all__ = ['GAIN', 'UNSURE', 'LOSS', 'MEMORISES', 'Run', 'is_lower_better', 'Comparison', 'plot_forest']
+__all__ = ['GAIN', 'UNSURE', 'LOSS', 'MEMORISES', 'WORTH', 'Run', 'is_lower_better', 'Comparison', 'plot_forest']
 
 # %% ../nbs/api/14_compare.ipynb #run
 @dataclass
@@ -70,19 +70,40 @@ class Comparison:
         *,
         lower_is_better:bool|None=None, # Is lower better? None: it is one of fastai's, whose direction is known
         baseline:str|None=None, # The candidate that the others are compared with; None: that of the first run
-        costs:Mapping|None=None, # Candidate → time per step over the baseline's; None: from the runs' `seconds`
-        suggestions:Mapping|None=None, # Candidate → function without arguments that makes its callback
-        notes:tuple=() # Sentences that belong to the result
+        costs:Mapping|None=None # Candidate → time per step over the baseline's; None: from the runs' `seconds`
     ):
-        self.runs,self.metric,self.notes = _as_runs(runs, metric),metric,list(notes)
-        if not self.runs: raise ValueError("runs is empty; give at least one finished Run, or a dict of values")
-        self.lower = is_lower_better(metric) if lower_is_better is None else bool(lower_is_better)
+        self.runs,self.metric = _as_runs(runs, metric),metric
         self.names = list(dict.fromkeys(r.name for r in self.runs))
+        self._check(baseline)
+        self.lower = is_lower_better(metric) if lower_is_better is None else bool(lower_is_better)
         self.baseline = self.names[0] if baseline is None else baseline
-        if self.baseline not in self.names:
+        self.costs = dict(costs) if costs else self._costs()
+        self.suggestions = {}  # candidate → function without arguments that makes its callback
+        self.notes = []  # sentences that belong to the result
+        self._judge()
+
+    def _check(self, baseline):
+        measured = list(dict.fromkeys(m for r in self.runs for m in r.curves))
+        if not self.runs: raise ValueError("runs is empty; give at least one finished Run, or a dict of values")
+        if measured and self.metric not in measured:
+            raise ValueError(f"metric={self.metric!r} was not measured; it must be one of {measured}")
+        if baseline not in (None, *self.names):
             raise ValueError(f"baseline={baseline!r} has no run; it must be one of {self.names}")
-        self.costs,self.suggestions = dict(costs) if costs else self._costs(),dict(suggestions or {})
-        self.effects = {o: self._effect(o) for o in self.names if o!=self.baseline}
+
+    def _judge(self):
+        "Differences to the baseline with the noise that all share; candidates that diverged have none"
+        found,base = {o: self.values(o) for o in self.names},self.values(self.baseline)
+        seeds = [s for s,v in base.items() if math.isfinite(v)]
+        pairs = {o: [s for s in seeds if s in v] for o,v in found.items()}
+        sound = [o for o,v in found.items() if all(math.isfinite(v[s]) for s in pairs[o])]
+        sound.sort(key=self.baseline.__ne__)  # the baseline first
+        table = np.array([[found[o].get(s, math.nan) for s in seeds] for o in sound])
+        rows = steady(table)
+        self.noise,self.steady = common_noise(table[[0, *rows]]),[sound[i] for i in rows]
+        def effect(o):
+            if o not in sound: return Effect(*[math.nan]*5, len(pairs[o]))
+            return paired(*([v[s] for s in pairs[o]] for v in (found[o], base)), *[self.noise]*(o in self.steady))
+        self.effects = {o: effect(o) for o in self.names if o!=self.baseline}
         self.ps = dict(zip(self.effects, holm([e.p for e in self.effects.values()]).tolist()))
 
     def values(self,
@@ -92,16 +113,19 @@ class Comparison:
         "The final values of a candidate"
         return {r.seed: r.value(measure or self.metric) for r in self.runs if r.name==name}
 
-    def _effect(self, name):
-        a,b = self.values(name),self.values(self.baseline)
-        seeds = [s for s in a if s in b and math.isfinite(b[s])]
-        if any(not math.isfinite(a[s]) for s in seeds): return Effect(*[math.nan]*5, len(seeds))  # diverged
-        return paired([a[s] for s in seeds], [b[s] for s in seeds])
-
     def _costs(self):
         secs = {o: [r.seconds for r in self.runs if r.name==o and r.seconds is not None] for o in self.names}
         base = secs[self.baseline]
         return {o: float(np.median(s)/np.median(base)) for o,s in secs.items() if s and base}
+
+    def by(self,
+        metric:str, # A measure that the runs have, such as 'loss'
+        lower_is_better:bool|None=None # As in `Comparison`
+    )->Comparison:
+        "The same runs, judged by another measure"
+        c = Comparison(self.runs, metric, lower_is_better=lower_is_better, baseline=self.baseline, costs=self.costs)
+        c.suggestions,c.notes = self.suggestions,self.notes
+        return c
 
     def verdict(self,
         name:str # A candidate
@@ -131,35 +155,35 @@ class Comparison:
 
 # %% ../nbs/api/14_compare.ipynb #power-methods
 @patch(as_prop=True)
-def sd(self:Comparison)->float:
-    "Standard deviation of the paired differences, over all candidates; nan with fewer than two seeds"
-    known = [e for e in self.effects.values() if e.n>1 and not math.isnan(e.sd)]
-    return math.sqrt(sum((e.n-1)*e.sd**2 for e in known)/sum(e.n-1 for e in known)) if known else math.nan
-
-@patch(as_prop=True)
 def seeds(self:Comparison)->int:
     "Pairs of each candidate; the fewest, where a run is missing"
     return min((e.n for e in self.effects.values() if e.n), default=0)
 
 @patch(as_prop=True)
-def level(self:Comparison)->float:
-    "The p-value that a candidate needs if it is the only one with an effect"
-    return .05/max(len(self.effects), 1)
+def sd(self:Comparison)->float:
+    "Standard deviation of a paired difference, by the noise in common; nan: unknown"
+    return math.sqrt(self.noise[0])
+
+@patch
+def _share(self:Comparison):
+    "The p-value that a candidate needs if it is the only one with an effect; how many share their noise"
+    return .05/max(len(self.effects), 1), max(len(self.steady), 1)
 
 @patch(as_prop=True)
 def detectable(self:Comparison)->float:
     "The smallest true difference that these seeds would have shown with a chance of 80 %"
-    return smallest_effect(self.sd, self.seeds, self.level) if self.seeds>1 and self.sd>=0 else math.nan
+    return smallest_effect(self.sd, self.seeds, *self._share()) if self.seeds>1 and self.sd>=0 else math.nan
 
 @patch
 def needed(self:Comparison,
     effect:float # The true difference to be seen
 )->int|None: # None: more than 10,000
     "How many seeds would show a true difference of `effect` with a chance of 80 %"
-    return seeds_needed(effect, self.sd, self.level) if self.sd>=0 else None
+    return seeds_needed(effect, self.sd, *self._share()) if self.sd>=0 else None
 
 # %% ../nbs/api/14_compare.ipynb #gap
 MEMORISES = 2  # the validation loss over the training loss, from which a model counts as one that memorises
+WORTH = .01    # a difference in errors that is worth seeing, one point; there is room for it among five
 
 @patch(as_prop=True)
 def gap(self:Comparison)->tuple|None:
@@ -168,79 +192,88 @@ def gap(self:Comparison)->tuple|None:
     return tuple(np.mean(gaps, 0).tolist()) if gaps else None
 
 @patch(as_prop=True)
+def counts_errors(self:Comparison)->bool:
+    "Is the metric a share of right or wrong answers, so that a difference can be said in errors?"
+    return self.metric in _errors
+
+@patch
+def _error(self:Comparison, name):
+    "The mean of a candidate, in per cent of errors where the metric counts them, over the baseline's seeds"
+    base,own = self.values(self.baseline),self.values(name)
+    mean = float(np.mean([v for s,v in own.items() if s in base and math.isfinite(v)] or [math.nan]))
+    return (100*mean if self.lower else 100-100*mean) if self.counts_errors else mean
+
+@patch(as_prop=True)
 def memorises(self:Comparison)->bool:
-    "Is the baseline's validation loss at least twice (`MEMORISES`) its training loss?"
-    return self.gap is not None and self.gap[1]>0 and self.gap[1]>=MEMORISES*self.gap[0]
+    "Is the baseline's validation loss at least `MEMORISES` times its training loss, and is there room for fewer errors?"
+    if self.gap is None or not self.gap[1]>0 or self.gap[1]<MEMORISES*self.gap[0]: return False
+    return not self.counts_errors or self._error(self.baseline)>=500*WORTH
 
 # %% ../nbs/api/14_compare.ipynb #words
 def _number(v, unit):
     "`v` down to the digit of `unit`"
     return f'{v:.{max(0, min(6, -math.floor(math.log10(unit)))) if unit>0 else 1}f}'
 
-@patch(as_prop=True)
-def counts_errors(self:Comparison)->bool:
-    "Is the metric a share of right or wrong answers, so that a difference can be said in errors?"
-    return self.metric in _errors
+def _digits(v, n=2):
+    "`v` with `n` digits that count, however large or small it is"
+    return np.format_float_positional(float(f'{v:.{n}g}'), trim='-')
 
 @patch
 def _interval(self:Comparison, name):
-    "The difference of a candidate in words, with its interval: 2.1 % fewer errors [1.2, 3.0]"
-    e,times,worse = self.effects[name],100 if self.counts_errors else 1,self.gain(name)<0
-    low,high = (e.low, e.high) if e.mean>0 else (-e.high, -e.low)
-    size,low,high = abs(times*e.mean),times*low,times*high
-    unit = (high-low)/2 if high>low else size/10
-    if self.counts_errors:
-        unit = min(unit, .1)
-        return f"{_number(size, unit)} % {'more' if worse else 'fewer'} errors{_bracket(low, high, unit)}"
-    return f"{self.metric} {'higher' if e.mean>0 else 'lower'} by {_number(size, unit)}{_bracket(low, high, unit)}"
-
-def _bracket(low, high, unit): return '' if math.isnan(low) else f' [{_number(low, unit)}, {_number(high, unit)}]'
+    "A candidate beside the baseline in words: error 3.1 % instead of 11.9 %: 8.8 points less [6.3, 11.4]"
+    e,times = self.effects[name],100 if self.counts_errors else 1
+    low,high = (times*e.low, times*e.high) if e.mean>0 else (-times*e.high, -times*e.low)
+    unit = (high-low)/2 if high>low else times*abs(e.mean)/10
+    if self.counts_errors: unit = min(unit, .1)
+    size,now,before = (_number(o, unit) for o in (times*abs(e.mean), self._error(name), self._error(self.baseline)))
+    bracket = '' if math.isnan(low) else f' [{_number(low, unit)}, {_number(high, unit)}]'
+    if not self.counts_errors: return f"{self.metric} {now} instead of {before}: {size} {'higher' if e.mean>0 else 'lower'}{bracket}"
+    return f"error {now} % instead of {before} %: {size} points {'less' if self.gain(name)>0 else 'more'}{bracket}"
 
 @patch
 def _cost(self:Comparison, name):
     if not math.isfinite(self.costs.get(name, math.nan)): return ''
     pct = round(100*(self.costs[name]-1))
-    return f', costs {pct} %' if pct>=1 else ', costs no time'
+    return f'; costs {pct} % more time' if pct>=1 else '; costs no time'
 
 @patch
-def _worth(self:Comparison):
-    "A difference of 1 %, and its name"
-    if self.counts_errors: return .01, '1 %'
-    base = [v for v in self.values(self.baseline).values() if math.isfinite(v)]
-    return abs(float(np.mean(base)))/100 if base else math.nan, f'1 % of {self.metric}'
+def _size(self:Comparison, effect):
+    "A difference of the metric with its unit"
+    if not self.counts_errors: return f'{_digits(effect)} in {self.metric}'
+    return f'{_digits(100*effect)} point' + 's'*(effect!=.01)
 
 @patch
 def _none(self:Comparison):
     "Why no candidate is suggested"
-    verdicts = {o: self.verdict(o) for o,e in self.effects.items() if e.n}
+    verdicts = [self.verdict(o) for o,e in self.effects.items() if e.n]
     if not verdicts: return 'no other candidate has finished a run with a seed that it finished'
-    if UNSURE not in verdicts.values(): return self._all_worse()
+    if UNSURE not in verdicts: return self._all_worse()
     if max(e.n for e in self.effects.values())<2:
         return 'one seed gives no interval, so nothing can be said; take two seeds or more'
-    if self.sd==0: return 'the differences are the same with every seed, so their noise is not known'
-    return 'no candidate is better than its noise; ' + self._seeds_in_words()
+    why = f'no candidate is better than its noise; {self._seeds_in_words()}' if self.sd else (
+        'the differences are the same with every seed, so their noise is not known')
+    if not self.memorises: return why
+    return f'{why}. It memorises (loss {self.gap[0]:.2g} in training, {self.gap[1]:.2g} in validation): try longer'
 
 @patch
 def _all_worse(self:Comparison):
     mildest = max((o for o,e in self.effects.items() if math.isfinite(e.mean)), key=self.gain, default=None)
     if mildest is None: return 'every candidate diverged'
-    return f'every candidate is worse; the mildest, {mildest}: {self._interval(mildest)}'
+    return f'every candidate is worse; the mildest is {mildest}: {self._interval(mildest)}'
 
 @patch
 def _seeds_in_words(self:Comparison):
-    worth,name = self._worth()
-    n = self.needed(worth) if worth>0 else None
-    if n is None: return f'to see a difference of {name} you would need more than 10,000 seeds'
-    if n<=self.seeds: return f'a difference of {name} would have shown'
-    return f'to see a difference of {name} you would need about {n} seeds'
+    worth = WORTH if self.counts_errors else abs(self._error(self.baseline))/100
+    n,size = self.needed(worth) if worth>0 else None,self._size(worth) + ' (1 %)'*(not self.counts_errors)
+    if n is not None and n<=self.seeds: return f'a difference of {size} would probably have shown'
+    many = 'more than 10,000' if n is None else f'about {float(_digits(n)):,.0f}'
+    return f'to see a difference of {size} you would need {many} seeds'
 
 @patch(as_prop=True)
 def conclusion(self:Comparison)->str:
     "What to use, by how much it is better and at what cost; or none, and why"
     if self.best: return f'{self.best}: {self._interval(self.best)}{self._cost(self.best)}'
-    why = f'{self.baseline}: {self._none()}'
-    if not self.memorises: return why
-    return f'{why}. It memorises (loss {self.gap[0]:.2g} in training, {self.gap[1]:.2g} in validation): try longer'
+    return f'{self.baseline}: {self._none()}'
 
 @patch
 def __str__(self:Comparison): return self.conclusion
@@ -269,7 +302,8 @@ def _measures(self:Comparison):
     "The metric, and the loss if it was measured"
     return [self.metric] + ['loss']*(self.metric!='loss' and any('loss' in r.curves for r in self.runs))
 
-def _mean_sd(mean, sd): return '' if math.isnan(mean) else f'{mean:.4g}' + ('' if math.isnan(sd) else f' ± {sd:.2g}')
+def _signed(v): return f"{'-' if v<0 else '+'}{_digits(abs(v))}"
+def _mean_sd(mean, sd): return '' if math.isnan(mean) else _digits(mean, 4) + ('' if math.isnan(sd) else f' ± {_digits(sd)}')
 
 @patch(as_prop=True)
 def shown(self:Comparison)->pd.DataFrame:
@@ -288,7 +322,7 @@ def _difference(self:Comparison, o):
     if not self.effects: return {}
     if o==self.baseline: return dict.fromkeys(heads, '')
     e,p = self.effects[o],self.ps[o]
-    words = f'{e.mean:+.2g}' + ('' if math.isnan(e.low) else f' [{e.low:+.2g}, {e.high:+.2g}]')
+    words = _signed(e.mean) + ('' if math.isnan(e.low) else f' [{_signed(e.low)}, {_signed(e.high)}]')
     words = words if math.isfinite(e.mean) else 'diverged' if e.n else ''
     return dict(zip(heads, (words, '' if math.isnan(p) else f'{p:.2g}' if p>=.001 else '< 0.001', self.verdict(o))))
 
@@ -296,9 +330,12 @@ def _difference(self:Comparison, o):
 def remarks(self:Comparison)->list:
     "What belongs beside the table: what these seeds could see, the gap between the losses, and the notes"
     out = []
-    if not math.isnan(self.detectable):
-        small = f'{100*self.detectable:.2g} %' if self.counts_errors else f'{self.detectable:.2g} of {self.metric}'
-        out.append(f'{self.seeds} seeds show a true difference of {small} or more with a chance of 80 %.')
+    size = self.detectable
+    if self.counts_errors and size>=1:
+        out.append(f'{self.seeds} seeds show no difference in errors, however large: their noise is too large.')
+    elif size>=0: out.append(f'{self.seeds} seeds show a true difference of {self._size(size)} or more with a chance of 80 %.')
+    wild = [o for o,e in self.effects.items() if math.isfinite(e.sd) and o not in self.steady]
+    if wild: out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
     if self.gap:
         losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'
         out.append(f'{self.baseline}: {losses}, both in eval mode and unmixed.')

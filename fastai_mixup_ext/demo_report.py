@@ -159,15 +159,15 @@ WHAT = """Mixup trains a model on weighted averages of two pictures, and asks it
 pastes a box from the one picture into the other, and the labels count as the areas do.
 So no picture, and no wrong label, can be learned by heart, for the model never sees it twice in the same form."""
 
-READ = """In brackets: the 95 % interval over the seeds. A method is compared with plain training seed by seed; it is better or worse where
-the interval leaves out 0. What it costs is time per training step."""
+READ = """In brackets: the 95 % interval. A method is compared with plain training seed by seed; the verdict allows for several
+methods being tried (Holm). What it costs is time per training step."""
 
 SNIPPET = """from fastai_mixup_ext import {0}
 
 learn = vision_learner(dls, resnet18, metrics=accuracy, cbs={0}())
 learn.fit_one_cycle(20)
 
-print(learn.mix_find(5))  # does mixing help here, and which?"""
+print(learn.mix_find(10))  # does mixing help here, and which?"""
 SITE = 'https://fastai-mixup-ext.github.io/fastai_mixup_ext/'
 
 def report(

@@ -12,9 +12,11 @@ import numpy as np
 from scipy import stats
 
 # %% auto #0
-__all__ = ['Effect', 'paired', 'holm', 'power', 'seeds_needed', 'smallest_effect']
+__all__ = ['ROUNDING', 'Effect', 'paired', 'holm', 'common_noise', 'steady', 'power', 'seeds_needed', 'smallest_effect']
 
 # %% ../nbs/api/13_effects.ipynb #effect
+ROUNDING = 1e-6  # of a value: measures come from numbers of 32 bits, so that less is no difference
+
 @dataclass(frozen=True)
 class Effect:
     "The mean of paired differences, with its interval over the seeds"
@@ -22,23 +24,25 @@ class Effect:
     low:float # The 95 % interval is from `low`
     high:float # to `high`
     p:float # Two-sided, of the paired t test
-    sd:float # Standard deviation of the differences
+    sd:float # Standard deviation of the differences, as the interval takes it
     n:int # Pairs
 
 def paired(
     values, # (n,) of the candidate, one for each seed
-    baseline # (n,) of the baseline, for the same seeds
+    baseline, # (n,) of the baseline, for the same seeds
+    noise:tuple=(math.nan, 0) # From `common_noise`: the variance of such a difference, and its degrees of freedom
 )->Effect:
     "The differences `values - baseline`: mean, 95 % t interval, and p of the paired t test"
     values,baseline = np.asarray(values, float),np.asarray(baseline, float)
     d,n = values-baseline,len(values)
     if not n: return Effect(*[math.nan]*5, 0)
-    d[np.abs(d) <= 1e-12*np.maximum(np.abs(values), np.abs(baseline))] = 0  # rounding is no difference
-    mean = d.mean()
+    d[np.abs(d) <= ROUNDING*np.maximum(np.abs(values), np.abs(baseline))] = 0
+    mean,df = float(d.mean()),max(n-1, noise[1])
     if n<2: return Effect(mean, *[math.nan]*4, n)
-    sd = d.std(ddof=1) if np.ptp(d)>1e-12*np.abs(d).max() else 0.
-    half = stats.t.ppf(.975, n-1)*sd/math.sqrt(n)
-    p = 2*stats.t.sf(abs(mean)*math.sqrt(n)/sd, n-1) if sd else 1.  # without spread the noise is unknown
+    own = d.var(ddof=1) if np.ptp(d)>ROUNDING*np.abs(values).max() else 0.
+    sd = math.sqrt(np.fmax(own, noise[0]))
+    half = float(stats.t.ppf(.975, df)*sd/math.sqrt(n))
+    p = float(2*stats.t.sf(abs(mean)*math.sqrt(n)/sd, df)) if sd else 1.  # without spread the noise is unknown
     return Effect(mean, mean-half, mean+half, p, sd, n)
 
 # %% ../nbs/api/13_effects.ipynb #holm
@@ -52,21 +56,52 @@ def holm(
     out[order] = np.minimum(np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
+# %% ../nbs/api/13_effects.ipynb #noise
+def common_noise(
+    values # (candidates, seeds) of floats, the baseline among them; nan: that run is missing
+)->tuple: # The variance of a paired difference (nan: unknown), and its degrees of freedom
+    "The noise that all candidates share: their values without the means of candidates and seeds"
+    values = np.asarray(values, float)
+    which = np.nonzero(np.isfinite(values))
+    X = np.hstack([np.eye(size)[i] for size,i in zip(values.shape, which)])  # one column for each candidate and seed
+    v,df = values[which],len(X)-int(np.linalg.matrix_rank(X)) if X.size else 0
+    if not df: return math.nan, 0
+    left = v-X @ np.linalg.lstsq(X, v, rcond=None)[0]
+    return (2*float(left@left)/df if np.abs(left).max()>ROUNDING*np.abs(v).max() else 0.), df
+
+# %% ../nbs/api/13_effects.ipynb #compared
+def steady(
+    values:np.ndarray # (1+candidates, seeds): the baseline first; nan: that run is missing
+)->list: # Rows, without the first
+    "The candidates whose noise is not far larger than that of the others"
+    rows = list(range(1, len(values)))
+    while len(rows)>1:
+        own = {i: common_noise(values[[0, i]]) for i in rows}
+        worst = max(rows, key=lambda i: np.nan_to_num(own[i][0]))
+        rest = common_noise(values[[0, *(i for i in rows if i!=worst)]])
+        if not (rest[0]>0 and own[worst][0]>rest[0]*stats.f.ppf(.99, own[worst][1], rest[1])): break
+        rows.remove(worst)
+    return rows
+
 # %% ../nbs/api/13_effects.ipynb #power
-# for the mean over all values that a standard deviation can have
-_nodes,_weights = (o/2 for o in np.polynomial.legendre.leggauss(200))
+# for means over all values that a variance can have
+_nodes,_weights = (o/2 for o in np.polynomial.legendre.leggauss(100))
 _nodes = _nodes+.5
 
 def power(
     effect:float, # The true difference
     sd:float, # Standard deviation of the paired differences, > 0
     n:int, # Pairs, at least 2
-    level:float=.05 # The p-value below which a difference counts
+    level:float=.05, # The p-value below which a difference counts
+    candidates:int=1 # That share their noise
 )->float:
     "The chance that `n` pairs show a true difference of `effect`"
-    shift = abs(effect)/sd*math.sqrt(n)
-    beyond = stats.t.ppf(1-level/2, n-1)*np.sqrt(stats.chi2.ppf(_nodes, n-1)/(n-1))
-    return float(_weights @ (stats.norm.cdf(shift-beyond) + stats.norm.cdf(-shift-beyond)))
+    own,df,shift = n-1,candidates*(n-1),abs(effect)/sd*math.sqrt(n)
+    a = stats.chi2.ppf(_nodes, own)  # the candidate's own part of the common noise, and the rest
+    b = stats.chi2.ppf(_nodes, df-own)[:,None] if candidates>1 else np.zeros((1, 1))
+    beyond = stats.t.ppf(1-level/2, df)*np.sqrt(np.maximum(a/own, (a+b)/df))
+    finds = stats.norm.cdf(shift-beyond) + stats.norm.cdf(-shift-beyond)
+    return float((finds@_weights)@(_weights if candidates>1 else [1]))
 
 # %% ../nbs/api/13_effects.ipynb #needed
 def _first(ok, high):
@@ -82,21 +117,23 @@ def seeds_needed(
     effect:float, # The true difference to be seen
     sd:float, # Standard deviation of the paired differences
     level:float=.05, # The p-value below which a difference counts
+    candidates:int=1, # That share their noise
     most:int=10_000 # Where the search ends
 )->int|None: # None: more than `most`
     "How many pairs show a true difference of `effect` with a chance of 80 %"
-    return _first(lambda n: power(effect, sd, n, level)>=.8, most) if sd>0 else 2
+    return _first(lambda n: power(effect, sd, n, level, candidates)>=.8, most) if sd>0 else 2
 
 # %% ../nbs/api/13_effects.ipynb #smallest
 def smallest_effect(
     sd:float, # Standard deviation of the paired differences
     n:int, # Pairs, at least 2
-    level:float=.05 # The p-value below which a difference counts
+    level:float=.05, # The p-value below which a difference counts
+    candidates:int=1 # That share their noise
 )->float:
     "The smallest true difference that `n` pairs show with a chance of 80 %"
     low,high = 0.,sd
-    while high and power(high, sd, n, level)<.8: high *= 2
-    for _ in range(40):
+    while high and power(high, sd, n, level, candidates)<.8: high *= 2
+    for _ in range(30):
         mid = (low+high)/2
-        low,high = (low,mid) if not sd or power(mid, sd, n, level)>=.8 else (mid,high)
+        low,high = (low,mid) if not sd or power(mid, sd, n, level, candidates)>=.8 else (mid,high)
     return high

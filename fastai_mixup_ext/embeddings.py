@@ -78,7 +78,8 @@ def _together(func, own, other, lam):
 def _fit(lam, like, func):
     "`lam` with the axes of `like`: position for position, or else row for row"
     if lam.shape==like.shape[:lam.dim()]: return lam.view(*lam.shape, *[1]*(like.dim()-lam.dim()))
-    if not like.dim() or not lam.dim() or len(lam)!=len(like): raise _lost(func, lam, f'made {tuple(like.shape)} of them')
+    by_row = like.dim() and lam.dim() and len(lam)==len(like)
+    if not by_row: raise _lost(func, lam, f'made {tuple(like.shape)} of them')
     return _by_row(lam, like)
 
 def _by_row(lam, like): return lam.reshape(len(lam), -1)[:,0].view(-1, *[1]*(like.dim()-1))
@@ -96,20 +97,23 @@ def _lost(func, lam, what='is not known to keep the mix'):
 
 def _named(names, *owners): return {getattr(o, n) for n in names.split() for o in owners if hasattr(o, n)}
 
-_moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split narrow select '
-    'index_select clone detach movedim moveaxis swapaxes swapdims flip roll repeat_interleave tile gather take_along_dim masked_select',
-    torch, Tensor)
+_moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split '
+    'narrow select index_select clone detach movedim moveaxis swapaxes swapdims flip roll repeat_interleave tile '
+    'gather take_along_dim masked_select', torch, Tensor)
 _moves |= _named('__getitem__ view view_as expand expand_as repeat contiguous cpu cuda pin_memory', Tensor)
 _moves |= {o.__get__ for o in (Tensor.T, Tensor.mT, Tensor.data)}
 _joins = _named('cat concat stack hstack vstack', torch)
 _like = _named('to type_as expand_as view_as reshape_as', Tensor)
-_made_new = _named('new_zeros new_ones new_full new_empty new_tensor', Tensor) | _named('zeros_like ones_like full_like empty_like', torch)
+_made_new = _named('new_zeros new_ones new_full new_empty new_tensor', Tensor)
+_made_new |= _named('zeros_like ones_like full_like empty_like', torch)
 _all_of = _named('eq __eq__ lt __lt__ less le __le__ less_equal logical_not isin', torch, Tensor)
 _compares = _all_of | _named('ne __ne__ not_equal gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
 _compares |= _named('bool __invert__', Tensor)
 _casts = _named('long int short char byte float half double bfloat16 type', Tensor)
-_counts = _named('add sub mul div true_divide floor_divide remainder neg clamp where masked_fill argmax sum mean', torch, Tensor) | _named(
-    '__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ __floordiv__ __mod__ __neg__', Tensor)
+_counts = _named('add sub mul div true_divide floor_divide remainder neg clamp where masked_fill argmax sum mean',
+    torch, Tensor)
+_counts |= _named('__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ '
+    '__floordiv__ __mod__ __neg__', Tensor)
 _looks_up = {F.embedding, F.embedding_bag, F.one_hot, F.pad}
 _in_place = _named('__setitem__ masked_fill_ fill_ add_ sub_ clamp_ record_stream', Tensor)
 _asks = _named('size dim ndimension numel nelement stride storage_offset element_size '
@@ -122,7 +126,7 @@ _allowed = set().union(_moves, _joins, _like, _made_new, _compares, _casts, _cou
 def mix_input(
     x:Any, # A tensor with n rows, or a sequence or mapping of such; None stays None
     mix:Mix, # The mix of these rows
-    out:Callable|None=None, # A function from a tensor to memory like it; it, or what it returns, may be None: fresh memory
+    out:Callable|None=None, # From a tensor to memory like it; it, or what it returns, may be None: fresh memory
     name:str='input' # What a message calls it
 )->Any: # The same structure, names and order
     "`x` mixed: numbers blended, truth values joined, ids carrying the mix to their embedding"
@@ -130,8 +134,8 @@ def mix_input(
     if isinstance(x, Mapping): return rebuilt(x, [mix_input(v, mix, out, f'{name}[{k!r}]') for k,v in x.items()])
     if is_sequence(x): return rebuilt(x, [mix_input(v, mix, out, f'{name}[{i}]') for i,v in enumerate(x)])
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; "
-            "make it a tensor with one row per item in the data set or its collate function, or remove the mixing callback")
+        raise TypeError(f"{name} is a {type(x).__name__}, which can't be mixed; make it a tensor with one row per item "
+            "in the data set or its collate function, or remove the mixing callback")
     check_mix(mix, 'mix_input')
     p = dense(x, name)
     if p.shape[:1]!=mix.partner.shape:
@@ -161,4 +165,5 @@ def by_length(
     order = torch.minimum(rows, mix.giver()).argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, rows)
     def ordered(t): return t if t is None or t.shape[0]==1 else t[order]
-    return order, replace(mix, partner=place[mix.partner[order]], lam=mix.lam[order], mask=ordered(mix.mask), box=ordered(mix.box))
+    partner,mask,box = place[mix.partner[order]],ordered(mix.mask),ordered(mix.box)
+    return order, replace(mix, partner=partner, lam=mix.lam[order], mask=mask, box=box)

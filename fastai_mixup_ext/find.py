@@ -6,7 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/find.html.md"""
 
 # %% ../nbs/api/16_find.ipynb #imports
 from __future__ import annotations
-import gc, math, random, re
+import gc, math, random, re, sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -25,15 +25,15 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401 patched onto Learner
-from fastai.learner import Learner, Recorder, mk_metric
+from fastai.learner import Learner, Recorder
 from fastai.torch_basics import noop
 from fastai.torch_core import find_bs, get_random_states, num_distrib, set_random_states, set_seed
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 
 # %% auto #0
-__all__ = ['STEPS', 'ROUNDS', 'as_candidates', 'default_candidates', 'SameDraws', 'compare_fits']
+__all__ = ['STEPS', 'ROUNDS', 'SECONDS', 'as_candidates', 'default_candidates', 'SameDraws', 'compare_fits']
 
 # %% ../nbs/api/16_find.ipynb #candidates
 # what a recipe's repr has and its name has not
@@ -149,34 +149,33 @@ def _gap(learn):
         learn.validate(dl=dl, cbs=cb)
         return cb.total/max(cb.count, 1), cb.count
     valid,n = loss(learn.dls.valid)
-    return loss(_Head(learn.dls.train, n))[0], valid
+    if not n: return None  # a callback skips the validation
+    train = learn.dls.train
+    return loss(_Few(train, _head(train, n), len(train)))[0], valid
 
-class _Head:
-    "The first batches of `dl`, with about `n` rows in all"
-    def __init__(self, dl, n): self.dl,self.n = dl,n
-    def __len__(self): return len(self.dl)
+class _Few:
+    "Some `batches` in the place of the loader `dl`"
+    def __init__(self, dl, batches, n): self.dl,self.batches,self.n = dl,batches,n
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.batches)
     def __getattr__(self, name): return getattr(object.__getattribute__(self, 'dl'), name)
-    def __iter__(self):
-        rows = 0
-        with _plain_tfms(self.dl):
-            for b in self.dl:
-                if rows>=self.n: break
-                rows += find_bs(b)
-                yield b
 
-def _plain_tfms(dl):
-    ds = getattr(dl, 'dataset', None)
-    return ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
+def _head(dl, n):
+    "The first batches of `dl`, transformed as for validation, with about `n` rows in all"
+    ds,rows = getattr(dl, 'dataset', None),0
+    with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext():
+        for b in dl:
+            if rows>=n: break
+            rows += find_bs(b)
+            yield b
 
 # %% ../nbs/api/16_find.ipynb #run
-def _fresh(parts, seed, memo):
-    "Callbacks of their own for one run; those that mix draw from a generator with the run's seed"
-    out = []
-    for p in parts:
-        cb = MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo)
-        if isinstance(cb, MixCallback): cb.seed = seed
-        out.append(cb)
-    return out
+def _fresh(parts, memo, **attrs):
+    "New callbacks of a candidate; those of ours get the attributes"
+    cbs = [MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo) for p in parts]
+    for cb in cbs:
+        if isinstance(cb, MixCallback): vars(cb).update(attrs)
+    return cbs
 
 def _quiet(learn):
     "No bars, no lines, and a recorder that has the validation's values"
@@ -190,20 +189,14 @@ def _train(learn, name, parts, seed, fit, tell):
     "One run"
     start = _Start()
     watch = _Watch(start, tell)
-    _quiet(learn).add_cbs([start, watch, SameDraws(seed), *_fresh(parts, seed, shared(learn))])
+    _quiet(learn).add_cbs([start, watch, SameDraws(seed), *_fresh(parts, shared(learn), seed=seed)])
     fit(learn)
     seconds = float(np.median(watch.steps)) if watch.steps else None
     return Run(name, seed, watch.curves, seconds, None if parts else _gap(learn))
 
 # %% ../nbs/api/16_find.ipynb #costs
-STEPS,ROUNDS = 6,5  # of the measurement; the first step of each round does not count
-
-class _Few:
-    "Some batches in the place of a loader"
-    def __init__(self, dl, batches): self.dl,self.batches = dl,batches
-    def __len__(self): return len(self.batches)
-    def __iter__(self): return iter(self.batches)
-    def __getattr__(self, name): return getattr(object.__getattribute__(self, 'dl'), name)
+STEPS,ROUNDS = 6,30  # of the measurement; the first step of each round does not count
+SECONDS = 4.  # after which no new round begins, if there were three
 
 def _wait(t):
     "Wait for the accelerator that `t` is on"
@@ -222,9 +215,9 @@ def _step_seconds(trials, batches, parts):
     "The median of some training steps on `batches`"
     learn,start = _quiet(trials.new()),_Start()
     clock,dls = _Clock(start),copy(learn.dls)
-    dls.loaders = [_Few(learn.dls.train, batches), *learn.dls.loaders[1:]]
+    dls.loaders = [_Few(learn.dls.train, batches, len(batches)), *learn.dls.loaders[1:]]
     learn.dls = dls
-    learn.add_cbs([start, clock, *_fresh(parts, 0, shared(trials.learn))])
+    learn.add_cbs([start, clock, *_fresh(parts, shared(trials.learn), seed=0)])
     learn.fit(1)
     learn.remove_cbs(list(learn.cbs))  # lets go of the optimizer's memory
     return float(np.median(clock.seconds[1:] or [math.nan]))
@@ -232,14 +225,16 @@ def _step_seconds(trials, batches, parts):
 def _costs(trials, batches, candidates):
     "Each candidate's time per step over that of the first, measured in turn on the same batches"
     trials.kept.start(0)
-    rounds = [[_step_seconds(trials, batches, parts) for parts in candidates.values()] for _ in range(ROUNDS)]
+    rounds,began = [],perf_counter()
+    while len(rounds)<ROUNDS and (len(rounds)<3 or perf_counter()-began<SECONDS):
+        rounds.append([_step_seconds(trials, batches, parts) for parts in candidates.values()])
     ratios = np.median(np.array(rounds)/np.array(rounds)[:,:1], 0)
     return {o: float(r) for o,r in zip(candidates, ratios) if math.isfinite(r)}
 
 # %% ../nbs/api/16_find.ipynb #plan
-def _whole(name, v):
+def _whole(name, v, other=''):
     if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v<1:
-        raise ValueError(f"{name}={v!r} must be a whole number of at least 1")
+        raise ValueError(f"{name}={v!r} must be a whole number of at least 1{other}")
     return int(v)
 
 def _seeds(seeds):
@@ -249,14 +244,9 @@ def _seeds(seeds):
         return list(seeds)
     return list(range(_whole('seeds', seeds)))
 
-def _metric(learn, metric, lower):
-    "The measure that decides, and whether lower is better"
-    names = [m.name.lstrip('_') for m in learn.metrics]
-    if metric is None: metric = names[0] if names else 'loss'
-    elif not isinstance(metric, str): metric = mk_metric(metric).name
-    metric = metric.removeprefix('valid_').lstrip('_')
-    if metric not in (*names, 'loss'):
-        raise ValueError(f"metric={metric!r} is not measured; it must be 'loss' or a metric of the learner, {names}")
+def _metric(learn, lower):
+    "The measure that decides, the learner's first metric or the loss, and whether lower is better"
+    metric = _plain_name(learn.metrics[0].name) if learn.metrics else 'loss'
     return metric, is_lower_better(metric) if lower is None else lower
 
 def _check_learner(learn):
@@ -278,59 +268,67 @@ def _duration(seconds):
     return f'{h} h {m} min' if h else f'{m} min {s} s' if m else f'{s} s'
 
 class _Progress:
-    "One bar over the epochs of all runs, and a line with the expected time after the first"
+    "One bar over the epochs of all runs, or a line for each run; and the expected time after the first epoch"
     def __init__(self, learn, runs, epochs):
-        self.runs,self.epochs,self.done,self.began = runs,epochs,0,perf_counter()
+        self.runs,self.epochs,self.done,self.began = runs,epochs or 1,0,None
         has_bar = any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
-        self.say = print if has_bar or learn.logger is not noop else noop
-        self.bar = progress_bar(range(runs*epochs), leave=False) if has_bar else None
+        self.speaks = has_bar or learn.logger is print  # under `no_logging` it is not
+        self.words = f'{runs} runs' + (f' of {epochs} epochs' if epochs else '')
+        self.bar = progress_bar(range(runs*self.epochs), leave=False) if has_bar else None
         if self.bar: self.bar.update(0)
 
+    def say(self, line):
+        "Print `line`; on a terminal it takes the place of the bar, which is drawn anew below"
+        over = ('\r\x1b[K' if sys.stdout.isatty() else '\n') if isinstance(self.bar, ConsoleProgressBar) else ''
+        if self.speaks: print(f'{over}{line}', flush=True)
+
     def start(self, name, seed):
-        self.epoch,self.began = 0,self.began if self.done else perf_counter()
+        self.epoch,self.began = 0,self.began or perf_counter()
         if self.bar: self.bar.comment = f'{name}, seed {seed}'
 
     def after_epoch(self):
         self.epoch += 1
-        if self.epoch==1 and self.done==0:
-            total = (perf_counter()-self.began)*self.runs*self.epochs
-            self.say(f'{self.runs} runs of {self.epochs} epochs: about {_duration(total)} in all')
-        if self.bar and self.epoch<self.epochs: self.bar.update(self.done*self.epochs+self.epoch)
+        if self.epoch<self.epochs: self._to(self.epoch)
 
-    def finish(self):
+    def _to(self, epoch):
+        if self.done*self.epochs+epoch==1:
+            total = (perf_counter()-self.began)*self.runs*self.epochs
+            self.say(f'{self.words}: about {_duration(total)} in all')
+        if self.bar: self.bar.update(self.done*self.epochs+epoch)
+
+    def finish(self, run):
+        self._to(self.epochs)
         self.done += 1
-        if self.bar: self.bar.update(self.done*self.epochs)
+        if self.bar: return
+        values = ', '.join(f'{m} {run.value(m):.4g}' for m in run.curves)
+        self.say(f'[{self.done}/{self.runs}] {run.name}, seed {run.seed}: {values}')
 
     def stop(self):
         if self.bar and self.done<self.runs: self.bar.on_interrupt()
 
 # %% ../nbs/api/16_find.ipynb #engine
 class _Plan:
-    "What is run: how long, with which seeds, and how"
-    def __init__(self, epochs, seeds, fit, after_run=None):
-        self.epochs,self.seeds,self.after_run = _whole('epochs', epochs),_seeds(seeds),after_run or noop
-        if fit is not None and not callable(fit):
-            raise TypeError(f"fit={fit!r} must be a function of (learner, epochs), such as Learner.fit")
-        self.fit = fit or Learner.fit_one_cycle
-
-    def _fit(self, learn): self.fit(learn, self.epochs)
+    "What is run: how long or how, and with which seeds"
+    def __init__(self, epochs, seeds):
+        self.seeds,self.epochs,self.fit = _seeds(seeds),None,epochs
+        if callable(epochs): return
+        self.epochs = _whole('epochs', epochs, ', or a function that trains a learner')
+        self.fit = partial(Learner.fit_one_cycle, n_epoch=self.epochs)
 
     def runs(self, make, candidates, progress):
         "Every candidate for one seed after another: an interrupt leaves whole pairs"
         for seed in self.seeds:
             for name,parts in candidates.items():
                 progress.start(name, seed)
-                yield _train(make(seed), name, parts, seed, self._fit, progress.after_epoch)
+                run = _train(make(seed), name, parts, seed, self.fit, progress.after_epoch)
                 if torch.cuda.is_available(): gc.collect()  # a learner and its callbacks hold each other, and memory
-                progress.finish()
+                yield run
+                progress.finish(run)
 
 def _finished(plan, make, candidates, progress):
     "The finished runs, and a note if they were interrupted"
     runs = []
-    try:
-        for run in plan.runs(make, candidates, progress):
-            runs.append(run)
-            plan.after_run(run)
+    try: runs.extend(plan.runs(make, candidates, progress))
     except KeyboardInterrupt:
         if not runs: raise
         return runs, [f'Stopped: {len(runs)} of {progress.runs} runs were finished.']
@@ -342,12 +340,12 @@ def _compare(plan, make, trials, candidates, metric, lower):
     costs = _costs(trials, _batches(trials), candidates)
     progress = _Progress(trials.learn, len(candidates)*len(plan.seeds), plan.epochs)
     runs,notes = _finished(plan, make, candidates, progress)
-    suggestions = {o: partial(_suggest, p, shared(trials.learn)) for o,p in candidates.items() if p}
-    return Comparison(runs, metric, lower_is_better=lower, baseline=next(iter(candidates)), costs=costs,
-        suggestions=suggestions, notes=notes)
+    c = Comparison(runs, metric, lower_is_better=lower, baseline=next(iter(candidates)), costs=costs)
+    c.suggestions,c.notes = {o: partial(_suggest, p, shared(trials.learn)) for o,p in candidates.items() if p}, notes
+    return c
 
 def _suggest(parts, memo):
-    cbs = [MixCallback(p) if isinstance(p, Recipe) else p() if isinstance(p, type) else copied(p, memo) for p in parts]
+    cbs = _fresh(parts, memo)
     return cbs[0] if len(cbs)==1 else cbs
 
 def _batches(trials):
@@ -360,21 +358,17 @@ def _batches(trials):
 def compare_fits(
     make:Callable, # seed → a new `Learner`; all draws are seeded before it is called
     candidates:Sequence|Mapping, # Recipes and callbacks; or a dict name → recipe, callback, list, or None
-    epochs:int, # Of each run
-    seeds:int|Sequence=3, # How many, or which
-    *,
-    metric:str|Callable|None=None, # What decides: a metric of the learner, or 'loss'; None: its first, or the loss
-    lower_is_better:bool|None=None, # Needed where the metric is none of fastai's
-    fit:Callable|None=None, # (learner, epochs) → trains it; None: `Learner.fit_one_cycle` with the learner's `lr`
-    after_run:Callable|None=None # Is called with each finished `Run`
+    epochs:int|Callable, # Of each run, under `Learner.fit_one_cycle` with the learner's `lr`; or learner → trains it
+    seeds:int|Sequence=3, # How many, or which; two at least for an interval
+    lower_is_better:bool|None=None # Of the learner's first metric, which decides; needed if it is none of fastai's
 )->Comparison:
     "Train a new learner for each candidate and seed, in pairs, and compare"
-    plan,candidates,states = _Plan(epochs, seeds, fit, after_run),as_candidates(candidates),get_random_states()
+    plan,candidates,states = _Plan(epochs, seeds),as_candidates(candidates),get_random_states()
     try:
         with TemporaryDirectory() as tmp:
             learn = _seeded(make, plan.seeds[0])
             _check_learner(learn)
-            metric = _metric(learn, metric, lower_is_better)
+            metric = _metric(learn, lower_is_better)
             return _compare(plan, partial(_seeded, make), Trials(learn, tmp), candidates, *metric)
     finally: set_random_states(**states)
 
@@ -397,19 +391,16 @@ def _first_tensor(trials):
 
 @patch
 def mix_find(self:Learner,
-    epochs:int, # Of each run; the longer, the surer, for mixing pays late
+    epochs:int|Callable, # Of each run: half or more of what you will train for, a fifth tells little; or learner → trains it
     candidates:Sequence|Mapping|None=None, # As in `compare_fits`; None: `default_candidates`
     seeds:int|Sequence=3, # How many, or which; two at least for an interval
-    *,
-    metric:str|Callable|None=None, # What decides: a metric of the learner, or 'loss'; None: its first, or the loss
-    lower_is_better:bool|None=None, # Needed where the metric is none of fastai's
-    fit:Callable|None=None # (learner, epochs) → trains it; None: `Learner.fit_one_cycle` with the learner's `lr`
+    lower_is_better:bool|None=None # Of the learner's first metric, which decides; needed if it is none of fastai's
 )->Comparison:
     "Does mixing help here? Trains the model from its present weights for each candidate and seed, then puts it back"
-    plan = _Plan(epochs, seeds, fit)
+    plan = _Plan(epochs, seeds)
     if candidates is not None: candidates = as_candidates(candidates)
     _check_learner(self)
-    metric = _metric(self, metric, lower_is_better)
+    metric = _metric(self, lower_is_better)
     with TemporaryDirectory() as tmp:
         trials = Trials(self, tmp)
         try: return _compare(plan, trials, trials, _candidates(trials, candidates), *metric)

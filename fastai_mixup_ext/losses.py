@@ -19,13 +19,13 @@ from .mix import Mix, check_mix
 from .tensors import dense, is_number, is_sequence
 
 # %% auto #0
-__all__ = ['uncompiled', 'takes_numbers', 'as_numbers', 'by_row', 'is_by_row', 'mixed_loss', 'source_loss', 'check_targets',
-           'check_positions', 'check_sizes']
+__all__ = ['uncompiled', 'takes_numbers', 'as_numbers', 'by_row', 'is_by_row', 'loss_name', 'mixed_loss', 'source_loss',
+           'check_targets', 'check_positions', 'check_sizes']
 
 # %% ../nbs/api/06_losses.ipynb #numbers
-_number_losses = {nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss,
-    nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss,
-    F.huber_loss, F.poisson_nll_loss, F.multilabel_soft_margin_loss}
+_number_losses = {nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
+    nn.PoissonNLLLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.multilabel_soft_margin_loss}
 
 def uncompiled(f:Callable)->Callable:
     "The loss that `torch.compile` wraps: what is set on the wrapper, or on a copy of it, would be set on the loss"
@@ -57,9 +57,11 @@ def by_row(
 )->Callable: # The same object
     "Mark a loss: unreduced it has one value per row or position, and its mean is their plain mean"
     if not (isinstance(loss_func, type) or hasattr(loss_func, 'reduction') or _takes_reduction(loss_func)):
-        raise TypeError(f"by_row: {_name(loss_func)} has no `reduction` that can be set to 'none'; add one, as torch's losses have it")
+        raise TypeError(f"by_row: {loss_name(loss_func)} has no `reduction` that can be set to 'none'; "
+            "add one, as torch's losses have it")
     try: loss_func.mixes_by_row = True
-    except AttributeError as e: raise TypeError(f"by_row: {_name(loss_func)} can't carry a mark; wrap it in a function") from e
+    except AttributeError as e:
+        raise TypeError(f"by_row: {loss_name(loss_func)} can't carry a mark; wrap it in a function") from e
     return loss_func
 
 def is_by_row(
@@ -72,15 +74,23 @@ def is_by_row(
 def _marked(f): return getattr(f, 'mixes_by_row', False) is True or isinstance(f, partial) and _marked(f.func)
 
 def _known(f):
+    "Is it torch's or fastai's own, with unreduced values by row?"
     if isinstance(f, fastai_loss('BaseLoss')) and unchanged(f, *fastai_loss('BaseLoss')): return _known(f.func)
     if isinstance(f, partial): return not f.args and any(f.func is g for g in _functions)
-    return any(f is g for g in _functions) or unchanged(f, *_of_positions, *_of_rows, *fastai_loss('FocalLoss', 'DiceLoss'))
+    if any(f is g for g in _functions): return True
+    return unchanged(f, *_of_positions, *_of_rows, *fastai_loss('FocalLoss', 'DiceLoss'))
 
 def _takes_reduction(f):
+    "Has a function the keyword `reduction`?"
     try: return 'reduction' in inspect.signature(f).parameters
     except (ValueError, TypeError): return False  # a builtin without a signature
 
-def _name(f): return getattr(f, '__name__', type(f).__name__)
+def loss_name(
+    f:Callable # Any loss
+)->str:
+    "What a message calls it"
+    f = uncompiled(f)
+    return getattr(f, '__name__', type(f).__name__)
 
 # %% ../nbs/api/06_losses.ipynb #rows
 def _drop_impossible(sources):
@@ -102,10 +112,12 @@ def _unreduced(f, pred, yb):
     g = copy(f)
     if hasattr(g, 'func'): g.func = copy(g.func)  # fastai's keep their reduction in the loss they wrap
     try: g.reduction = 'none'
-    except AttributeError as e: raise TypeError(f"by_row: the reduction of {_name(f)} can't be set to 'none'") from e
+    except AttributeError as e:
+        raise TypeError(f"by_row: the reduction of {loss_name(f)} can't be set to 'none'") from e
     return g(pred, *yb)
 
 def _set_to_none(f, pred, yb):
+    "The loss itself, unreduced for this call"
     was,f.reduction = f.reduction,'none'
     try: return f(pred, *yb)
     finally: f.reduction = was
@@ -114,8 +126,8 @@ def _over_values(f, share, values, y):
     "A share for each of the unreduced `values`"
     n = len(share)
     if values.numel()%max(n, 1) or values.dim()==0:
-        raise ValueError(f"{_name(f)} is marked with by_row, but unreduced it has shape {tuple(values.shape)} for {n} rows; "
-            "it must have one value per row or position")
+        raise ValueError(f"{loss_name(f)} is marked with by_row, but unreduced it has shape {tuple(values.shape)} "
+            f"for {n} rows; it must have one value per row or position")
     axis = f.axis if isinstance(f, fastai_loss('BaseLoss')) else None
     if share.dim()>1 and values.numel()==share.numel() and not unchanged(f, *_of_rows, *fastai_loss('DiceLoss')):
         return (share if axis is None else share.transpose(axis, -1)).reshape(values.shape)
@@ -133,6 +145,7 @@ def _row_loss(f, pred, sources):
     return total.mean() if red=='mean' else total.sum() if red=='sum' else total
 
 def _reduction(f):
+    "The reduction of a function: set by `partial`, or its default"
     if isinstance(f, partial) and 'reduction' in f.keywords: return f.keywords['reduction']
     return inspect.signature(f).parameters['reduction'].default
 
@@ -164,9 +177,10 @@ def _aside(f):
     return g
 
 def _called(f, pred, yb):
+    "The loss, if it is one tensor"
     loss = f(pred, *yb)
     if isinstance(loss, Tensor): return loss
-    raise TypeError(f"{_name(f)} returned a {type(loss).__name__}, which can't be mixed; "
+    raise TypeError(f"{loss_name(f)} returned a {type(loss).__name__}, which can't be mixed; "
         "a loss must return one tensor (keep its parts as attributes, or in a callback)")
 
 # %% ../nbs/api/06_losses.ipynb #mixed
@@ -176,7 +190,7 @@ def mixed_loss(
     yb:Tensor|Sequence, # The targets, not mixed: one tensor, or several, with n rows each
     mix:Mix # The mix that the inputs were blended with
 )->Tensor: # Reduced as `loss_func` reduces
-    "`lam*loss_func(pred, y) + (1-lam)*loss_func(pred, y[partner])`; or the loss on blended targets, where they can be blended"
+    "`lam*loss_func(pred, y) + (1-lam)*loss_func(pred, y[partner])`; or the loss on blended targets, where they blend"
     check_mix(mix, 'mixed_loss')
     yb = tuple(yb) if is_sequence(yb) else (yb,)
     check_targets(yb, len(mix))
@@ -235,6 +249,6 @@ def check_sizes(
 ):
     "Class numbers can't be compared with a prediction of another size"
     if isinstance(pred, Tensor) and len(yb)==1 and pred.numel()!=yb[0].numel():
-        raise ValueError(f"{type(loss_func).__name__} compares numbers, but the target of shape {tuple(yb[0].shape)} holds integers "
-            f"and the prediction has shape {tuple(pred.shape)}; "
-                "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")
+        raise ValueError(f"{type(loss_func).__name__} compares numbers, but the target of shape {tuple(yb[0].shape)} "
+            f"holds integers and the prediction has shape {tuple(pred.shape)}; "
+            "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")

@@ -34,7 +34,8 @@ class mixed_accuracy(Metric):
     @property
     def value(self):
         if not self.count: return None
-        hits,count = maybe_gather(torch.stack([self.hits, torch.full_like(self.hits, self.count)])[None]).sum(0)  # of all processes
+        ours = torch.stack([self.hits, torch.full_like(self.hits, self.count)])
+        hits,count = maybe_gather(ours[None]).sum(0)  # of all processes
         return (hits/count).item()
 
 def _hits(pred, yb, share, axis):
@@ -43,4 +44,5 @@ def _hits(pred, yb, share, axis):
     guess = pred.argmax(axis)
     if is_number(y) or y.shape==pred.shape: return y.gather(axis, guess.unsqueeze(axis)).float()
     hit = (guess==y.reshape(guess.shape)).float()
-    return hit if isinstance(share, int) else hit*share.reshape(guess.shape if share.dim()>1 else (-1, *[1]*(guess.dim()-1)))
+    if isinstance(share, int): return hit
+    return hit*share.reshape(guess.shape if share.dim()>1 else (-1, *[1]*(guess.dim()-1)))

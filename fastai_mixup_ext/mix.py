@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .tensors import dense, is_number, like, plain, take_rows
+from torch.autograd import forward_ad
+from .tensors import dense, is_number, lerp_dtype, like, plain, take_rows
 
 # %% auto #0
 __all__ = ['Mix', 'blend', 'check_mix']
@@ -23,7 +24,7 @@ class Mix:
     "Who is mixed with whom, by how much, and where: row `i` of the batch with row `partner[i]`"
     partner:Tensor # (n,) int64: the row that each row is mixed with
     lam:Tensor # (n,) floating in [0,1]: the share of the row's own *target*; the partner's has `1-lam`
-    mask:Tensor|None=None # What a row keeps of its own *values*; None: `lam`; (n,): a share; (n or 1, 1, *spatial): by position
+    mask:Tensor|None=None # The share of the own *values*; None: `lam`; (n,); or by position: (n or 1, 1, *spatial)
     box:Tensor|None=None # (n or 1, 2, d): start and size, as fractions of d axes, of the box the partner is shrunk into
 
     def __post_init__(self):
@@ -37,7 +38,8 @@ class Mix:
         by_position = len(m)>2 and m[0] in (1,*n) and m[1]==1
         floating = m!=() and self.mask.is_floating_point()
         if not (self.mask is None or m==n and floating or by_position and (floating or self.mask.dtype==torch.bool)):
-            raise _bad('mask', self.mask, f"floating of shape {n}, or bool or floating of shape ({n[0]} or 1, 1, *spatial)")
+            rule = f"floating of shape {n}, or bool or floating of shape ({n[0]} or 1, 1, *spatial)"
+            raise _bad('mask', self.mask, rule)
         fits = by_position and b[:1] in ((1,), n) and b[1:]==(2, len(m)-2)
         if self.box is not None and not (fits and self.box.is_floating_point()):
             raise _bad('box', self.box, f"a floating tensor of shape ({n[0]} or 1, 2, d), with a mask over d axes")
@@ -88,7 +90,7 @@ class Mix:
         return like(_mixed(p, self, out), x)
 
     def sources(self, yb:Sequence)->list:
-        "The targets that count and their shares: `[(targets, 1)]` if all can be blended or pasted, else own and partner's"
+        "The targets that count and their shares: `[(targets, 1)]` if all can be blended or pasted, else own and other"
         own = tuple(yb) if self.mask is None else tuple(self._pasted(y) for y in yb)
         if all(is_number(y) or o is not y for y,o in zip(yb, own)):
             by_lam = self if self.mask is None or self.mask.dim()>1 else Mix(self.partner, self.lam)
@@ -149,11 +151,9 @@ def _select(x, other, own, pure):
         except RuntimeError: pass  # vmap and forward-mode differentiation know no `out`
     return torch.where(own, x, other)
 
-_exact = torch.float32, torch.float64, torch.complex64, torch.complex128
-
 def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
-    kind = x.dtype if x.dtype in _exact else torch.float32
+    kind = lerp_dtype(x)
     if own.dtype!=kind: own = own.to(kind)
     if x.dtype==kind: return other.lerp_(x, own)
     res = other.to(kind).lerp_(x.to(kind), own)
@@ -179,32 +179,37 @@ def check_mix(mix, name):
 # %% ../nbs/api/01_mix.ipynb #shrink
 def _shrunk(x, box):
     "`x` (n, [c,] *spatial) shrunk into `box` (n or 1, 2, d); around the box its border repeats"
-    d = box.shape[-1]
-    if d>3: raise ValueError(f"blend: a box over {d} axes can't be filled; boxes have one to three axes")
     if x.numel()==0: return x
-    if not _interpolates(x): return _nearest(x, box)
-    if x.is_complex(): return torch.complex(_shrunk(x.real, box), _shrunk(x.imag, box))
-    box = box.to(x.dtype if x.dtype==torch.float64 else torch.float32)
-    grid = torch.stack([a.expand(len(box), *x.shape[-d:]) for a in reversed(_looks_at(x.shape[-d:], box))], -1)*2 - 1
-    t = (x if x.dim()==d+2 else x.unsqueeze(1)).to(grid.dtype)
-    if d==1: t,grid = t.unsqueeze(2), F.pad(grid.unsqueeze(1), (0,1))   # a series is a picture of height one
-    grid = grid.expand(len(x), *grid.shape[1:])
-    t = F.grid_sample(t, grid, mode='bilinear', padding_mode='border', align_corners=False)
-    return (t.round() if x.dtype==torch.uint8 else t).to(x.dtype).reshape(x.shape)
+    d = box.shape[-1]
+    t = x.to(lerp_dtype(x)) if _interpolates(x) else x
+    box = box.to(torch.float64 if t.dtype in (torch.float64, torch.complex128) else torch.float32)
+    if t.is_floating_point() and d<=3 and forward_ad._current_level<0: t = _sampled(t, box)
+    else:
+        for axis in range(-d, 0): t = _shrunk_along(t, box[:,:,axis], axis)
+    return (t.round() if x.dtype==torch.uint8 else t).to(x.dtype)
 
-def _nearest(x, box):
-    "The nearest value of `x` (n, [c,] *spatial) at each position, whatever its dtype"
+def _shrunk_along(x, box, axis):
+    "`x` shrunk along one axis into `box` (n or 1, 2); what can't be interpolated takes the nearest value"
+    size = x.shape[axis]
+    look = (_looks_at(size, box)*size - .5).clamp(0, size-1)
+    look = look.view(len(box), *[1]*(x.dim()+axis-1), size, *[1]*(-axis-1))
+    def at(index): return x.take_along_dim(index.long(), axis)
+    if not _interpolates(x): return at(look.round())
+    low = look.floor()
+    return torch.lerp(at(low), at((low+1).clamp(max=size-1)), (look-low).to(x.dtype))
+
+def _sampled(x, box):
+    "The same, quicker, for one to three axes of floating values; torch can't differentiate it forward"
     sizes = x.shape[-box.shape[-1]:]
+    def laid(i, s): return _looks_at(s, box[:,:,i]).view(-1, *[s if i==j else 1 for j in range(len(sizes))])
+    looks = [laid(i, s).expand(-1, *sizes) for i,s in enumerate(sizes)]
+    grid = torch.stack(looks[::-1], -1)*2 - 1
     t = x if x.dim()==len(sizes)+2 else x.unsqueeze(1)
-    looks = [(a*s-.5).round().long().clamp(0, s-1).unsqueeze(1) for a,s in zip(_looks_at(sizes, box), sizes)]
-    axes = [torch.arange(s, device=x.device).view(*[-1 if i==j else 1 for j in range(t.dim())]) for i,s in enumerate(t.shape[:2])]
-    return t[(*axes, *looks)].reshape(x.shape)
+    if len(sizes)==1: t,grid = t.unsqueeze(2), F.pad(grid.unsqueeze(1), (0,1))  # a series is a picture of height one
+    grid = grid.expand(len(x), *grid.shape[1:])
+    return F.grid_sample(t, grid, padding_mode='border', align_corners=False).reshape(x.shape)
 
-def _looks_at(sizes, box):
-    "Where each position of the result looks, as a fraction of the partner: for each axis (n or 1, 1, .., size, .., 1)"
-    res = []
-    for i,s in enumerate(sizes):
-        pos = (torch.arange(s, device=box.device, dtype=box.dtype)+.5)/s
-        look = (pos-box[:,0,i,None])/box[:,1,i,None]
-        res.append(look.view(len(box), *[s if j==i else 1 for j in range(len(sizes))]))
-    return res
+def _looks_at(size, box):
+    "Where each position of an axis looks, as a fraction of the partner: (n or 1, size)"
+    pos = (torch.arange(size, device=box.device, dtype=box.dtype)+.5)/size
+    return (pos-box[:,0,None])/box[:,1,None]

@@ -6,6 +6,8 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/pairing.html.md"""
 
 # %% ../nbs/api/02_pairing.ipynb #imports
 from __future__ import annotations
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 import torch
@@ -13,7 +15,8 @@ from torch import Generator, Tensor
 from .tensors import is_dense, is_sequence, plain
 
 # %% auto #0
-__all__ = ['shuffled', 'uniform', 'deranged', 'within_class', 'across_class', 'by_target_distance']
+__all__ = ['shuffled', 'uniform', 'deranged', 'labels', 'within_class', 'across_class', 'by_target_distance', 'Counts',
+           'balanced']
 
 # %% ../nbs/api/02_pairing.ipynb #shuffled
 def shuffled(
@@ -27,7 +30,7 @@ def shuffled(
 
 def uniform(
     size:tuple, # Shape of the result
-    device:torch.device|str,
+    device:torch.device|str, # A device, such as `cpu` or `cuda:0`
     generator:Generator|None=None # On `device`; None: torch's global generator
 )->Tensor: # float32
     "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` it can't be compiled for batches of any size"
@@ -50,9 +53,15 @@ def _targets(x, yb, ok):
     def fits(y): return isinstance(y, Tensor) and is_dense(plain(y)) and y.dim()>0 and len(y)==len(x)
     return [plain(y) for y in yb if fits(y) and ok(y)]
 
-def _labels(x, yb, policy):
+def labels(
+    x:Tensor, # (n, ...) the inputs; only their number counts
+    yb:Tensor|tuple, # Targets; the first integer one of shape (n,) or (n,1) is the label
+    name:str, # Who needs it, for the message
+    remedy:str="Use shuffled or deranged instead" # What the message advises
+)->Tensor: # (n,) integer
+    "The label of each row; a ValueError if no target is one label per row"
     found = _targets(x, yb, lambda y: y.numel()==len(y) and not (y.is_floating_point() or y.is_complex()))
-    if not found: raise ValueError(f"{policy} needs an integer target with one label per row. Use shuffled or deranged instead")
+    if not found: raise ValueError(f"{name} needs an integer target with one label per row. {remedy}")
     return found[0].reshape(-1)
 
 # %% ../nbs/api/02_pairing.ipynb #within
@@ -62,7 +71,7 @@ def within_class(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random partner of the same class, never the row itself; the only row of its class passes unmixed"
-    y = _labels(x, yb, 'within_class')
+    y = labels(x, yb, 'within_class')
     order = shuffled(x, generator=generator)
     order = order[y[order].argsort(stable=True)]                  # class by class, in random order within each
     new = torch.ones_like(order, dtype=torch.bool)
@@ -79,7 +88,7 @@ def across_class(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64; a row may be the partner of several
     "A random partner of another class; where there is none the rows pass unmixed"
-    y = _labels(x, yb, 'across_class')
+    y = labels(x, yb, 'across_class')
     if not len(x): return shuffled(x)
     other = y[:,None] != y
     score = uniform(other.shape, x.device, generator).masked_fill(~other, -1)
@@ -109,3 +118,58 @@ class by_target_distance:
         log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
         noise = uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
         return (log_p - (-noise.log()).log()).argmax(1)
+
+# %% ../nbs/api/02_pairing.ipynb #counts
+class Counts:
+    "The number of rows of each class, on whichever device it is read"
+    def __init__(self,
+        counts:Tensor|Sequence # (classes,) numbers >= 0, not all 0
+    ):
+        try: values = (counts.detach() if isinstance(counts, Tensor) else torch.tensor(counts)).to('cpu', torch.float32, copy=True)
+        except (TypeError, ValueError, RuntimeError): values = torch.empty(0, 0)
+        if values.dim()!=1 or not (values>=0).all() or not 0<values.sum()<torch.inf:
+            raise ValueError(f"counts={reprlib.repr(counts)} must be a 1-D tensor or a sequence that has for each class "
+                "the number of its training rows; class_counts(dls) counts them")
+        self.values,self._copies = values,{}
+
+    def on(self, device:torch.device)->Tensor: # (classes,) float32
+        "The counts on `device`, where the copy is kept"
+        if device==self.values.device: return self.values
+        if device not in self._copies: self._copies[device] = self.values.to(device)
+        return self._copies[device]
+
+    def of(self,
+        y:Tensor # (n,) integer labels from 0 to classes-1
+    )->Tensor: # (n,) float32
+        "The number of rows of each label's class"
+        try: return self.on(y.device).index_select(0, y.long())
+        except IndexError as e:  # on the CPU; an accelerator stops by itself, as in torch's losses
+            raise ValueError(f"the labels run from {y.min()} to {y.max()}, but counts has {len(self.values)} classes; "
+                "each label must be a number from 0 to the number of classes minus 1") from e
+
+    def __repr__(self): return f'Counts({reprlib.repr(self.values.tolist())})'
+    def __eq__(self, other): return isinstance(other, Counts) and torch.equal(self.values, other.values)
+    def __hash__(self): return hash(tuple(self.values.tolist()))
+    def __reduce__(self): return Counts, (self.values,)
+
+# %% ../nbs/api/02_pairing.ipynb #balanced
+@dataclass(frozen=True)
+class balanced:
+    "A policy: every class of the batch is equally likely to give the partner"
+    counts:Tensor|Sequence|None=None # (classes,) training rows of each class; None: those in the batch
+
+    def __post_init__(self):
+        given = self.counts is not None and not isinstance(self.counts, Counts)
+        if given: object.__setattr__(self, 'counts', Counts(self.counts))
+
+    def __call__(self,
+        x:Tensor, # (n, ...) the inputs; only their number and device count
+        yb:Tensor|tuple=(), # Targets; the first integer one of shape (n,) or (n,1) is the label
+        generator:Generator|None=None # On `x`'s device; None: torch's global generator
+    )->Tensor: # (n,) int64; a row may be the partner of several, and its own
+        "Draw the partners"
+        y = labels(x, yb, 'balanced')
+        if not len(x): return shuffled(x)
+        n = (y[:,None]==y).sum(1).float() if self.counts is None else self.counts.of(y).clamp(min=1e-30)
+        times = -uniform((len(x), len(x)), x.device, generator).clamp_(min=1e-30).log()
+        return (times*n).argmin(1)

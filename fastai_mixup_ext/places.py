@@ -6,12 +6,17 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/places.html.md"""
 
 # %% ../nbs/api/09_places.ipynb #imports
 from __future__ import annotations
-from collections.abc import Callable
-from torch import nn
+from collections.abc import Callable, Sequence
+from typing import Any
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_forward_hook
+from .mix import Mix
+from .tensors import first, is_sequence
 
 # %% auto #0
-__all__ = ['Place', 'find_places']
+__all__ = ['Place', 'first_rows', 'Places', 'find_places']
 
 # %% ../nbs/api/09_places.ipynb #place
 class Place:
@@ -20,7 +25,9 @@ class Place:
         model:nn.Module, # The whole model, whose call is waited for
         module:nn.Module, # The module within, whose output is changed
         f:Callable # From the module's output to what takes its place
-    ): self.model,self.module,self.f,self.done,self.hook = model,module,f,False,None
+    ):
+        self.model,self.module,self.f,self.done,self.hook = model,module,f,False,None
+        self.recurrent,self.in_parts = isinstance(_innermost(module), nn.RNNBase),_gets_parts(model, module)
 
     def __enter__(self):
         self.hook = register_module_forward_hook(self._called)
@@ -31,22 +38,154 @@ class Place:
 
     def _called(self, module, args, out):
         if module is not self.module and module is not self.model: return
-        self.hook.remove()
-        if module is self.module: self.done,out = True,self.f(out)
-        return out
+        if module is self.model or not self.in_parts: self.hook.remove()
+        if module is not self.module: return
+        self.done = True
+        return (self.f(out[0]), *out[1:]) if self.recurrent and isinstance(out, tuple) else self.f(out)
+
+    def whole(self,
+        x:Tensor|None, # (m, ...) the first tensor of the output
+        n:int # Rows of the batch
+    )->Tensor: # (n, ...)
+        "`x`, for a mix to be drawn for; a first part, which lacks rows, gets a stand-in with all of them"
+        name = type(self.module).__name__
+        if x is None or x.dim()==0: raise TypeError(f"at: {name} returned no tensor with rows; name a module that does")
+        if len(x)==n: return x
+        if self.in_parts and 0<len(x)<n: return x[:1].expand(n, *x.shape[1:])
+        raise ValueError(f"at: the output of {name} has shape {tuple(x.shape)}, but the batch has {n} rows; "
+            "name a module whose output has one row per item")
+
+def _innermost(m):
+    "The module that wrappers with one child wrap"
+    while len(inner := list(m.children()))==1: m, = inner
+    return m
+
+def _gets_parts(model, module):
+    "Is `module` called for one part of a text after another?"
+    encoders = [m for m in model.modules() if type(m).__name__=='SentenceEncoder' and m is not module]
+    return any(o is module for m in encoders for o in m.modules())
+
+def first_rows(
+    mix:Mix, # A mix without positions, or with the same ones in every part
+    n:int # How many rows there are
+)->Mix:
+    "The mix of the first `n` rows; a row whose partner is not among them keeps all of its own"
+    if n==len(mix): return mix
+    partner,own,mask = mix.partner[:n],torch.arange(n, device=mix.partner.device),mix.mask
+    here = partner<n
+    if mask is not None and mask.dim()==1: mask = torch.where(here, mask[:n], 1)
+    if mask is not None and mask.dim()>1: mask = mask[:n]
+    return Mix(torch.where(here, partner, own), torch.where(here, mix.lam[:n], 1), mask)
+
+# %% ../nbs/api/09_places.ipynb #stages
+def _weights(model):
+    "For each module the number of layers with a weight matrix, embeddings apart; and the last such layer"
+    total,last = {},None
+    def weigh(m):
+        nonlocal last
+        own = _has_matrix(m)
+        if own: last = m
+        total[m] = own + sum(map(weigh, m.children()))
+        return total[m]
+    weigh(model)
+    return total,last
+
+def _has_matrix(m):
+    if isinstance(m, (nn.Embedding, nn.EmbeddingBag)): return False
+    return any(is_lazy(p) or p.dim()>1 for p in m.parameters(recurse=False))
+
+def _is_list(m, weights): return isinstance(m, (nn.Sequential, nn.ModuleList)) and len(_parts(m, weights))>1
+
+def _parts(m, weights): return [o for o in m.children() if weights[o]]
+
+def _lists(m, weights):
+    "The lists of several parts that are nearest to the surface of `m`; none if they belong to several modules"
+    families = [[m]]
+    while families:
+        found = [[o for o in f if _is_list(o, weights)] for f in families]
+        if any(found): return next(filter(None, found)) if sum(map(bool, found))==1 else []
+        families = [_parts(o, weights) for f in families for o in f]
+    return []
+
+def _read(m, weights):
+    "The parts of the body of `m`, and the list that they are in, if it is one"
+    lists = _lists(m, weights)
+    if not lists: return [],None
+    parts,owner = (lists, None) if len(lists)>1 else (_parts(lists[0], weights), lists[0])
+    inner = _read(parts[0], weights) if 2*weights[parts[0]]>weights[m] else ([], None)
+    return inner if inner[0] else (parts, owner)
+
+_kinds = 'activation', 'batchnorm', 'dropout', 'instancenorm', 'normalization', 'pooling'
+_kinds = {f'torch.nn.modules.{o}' for o in _kinds}
+
+def _place_of(part, owner, weights):
+    "The last module of the stage that begins with `part`"
+    row = list(owner) if isinstance(owner, nn.Sequential) else [part]
+    for m in row[row.index(part)+1:]:
+        follows = type(m).__module__ in _kinds and 'Adaptive' not in type(m).__name__ and not weights[m]
+        if not follows or row.count(m)>1: break  # a shared activation is called elsewhere first
+        part = m
+    return part
+
+def _stages(model):
+    "The stages of the body of `model`"
+    weights,last = _weights(model)
+    parts,owner = _read(model, weights)
+    places = [_place_of(o, owner, weights) for o in parts if not any(m is last for m in o.modules())]
+    if places: return places
+    children = ', '.join(f'{k} ({type(m).__name__})' for k,m in model.named_children())
+    raise ValueError(f"at='stages' finds no list of stages in {type(model).__name__}; "
+        f"name them: at=lambda model: [None, ...]. Its children are: {children or 'none'}")
 
 # %% ../nbs/api/09_places.ipynb #find
+class Places(list):
+    "Modules of a model, None for the input; shown by name, with shapes if an input is given"
+    def __init__(self,
+        places:Sequence, # Modules of `model`, or None for the input
+        model:nn.Module, # Where they are named
+        xb:Any=None # An input, or a tuple of inputs, of which the model is called once
+    ):
+        super().__init__(places)
+        self.model,self.shapes = model,{} if xb is None else _shapes(model, self, xb)
+
+    def __repr__(self):
+        names = {m:f'{name} ({type(m).__name__})' for name,m in self.model.named_modules()}
+        lines = ['input' if m is None else names[m] for m in self]
+        width = max(map(len, lines), default=0)
+        if self.shapes: lines = [f'{o:{width}}  {self.shapes.get(m, "not called")}' for o,m in zip(lines, self)]
+        return '\n'.join(lines)
+
 def find_places(
-    at, # A module, a list of modules in which None is the input, or a function from the model to these
-    model:nn.Module # The model they are looked for in
-)->list:
-    "The places named by `at`, each a module of `model` or None"
-    inside = set(model.modules())
-    places = at(model) if callable(at) and not isinstance(at, nn.Module) else at
+    at:str|nn.Module|Sequence|Callable|None, # 'stages', a module, a list (None: the input), or a function model -> list
+    model:nn.Module, # The model they are looked for in
+    xb:Any=None # An input, or a tuple of inputs: the model is called once, without gradients, and shapes are shown
+)->Places: # A list of modules; None: the input
+    "The places named by `at`; they are shown by name"
+    if isinstance(at, str) and at!='stages':
+        raise ValueError(f"at={at!r} must be 'stages', or name modules: at=lambda model: [None, model[0]]")
+    if isinstance(at, str): places = [None, *_stages(model)]
+    else: places = at(model) if callable(at) and not isinstance(at, nn.Module) else at
     places = [places] if places is None or isinstance(places, nn.Module) else list(places)
+    inside = set(model.modules())
     for m in places:
         if m is not None and not (isinstance(m, nn.Module) and m in inside):
             raise ValueError(f"at: {m!r} is not a module of the learner's model; "
                 "name its modules, None for the input, or a function from the model to such a list")
+        if m is not None and isinstance(rnn := _innermost(m), nn.RNNBase) and not rnn.batch_first:
+            raise ValueError(f"at: {type(rnn).__name__} has its rows on axis 1; build it with batch_first=True")
     if not places: raise ValueError("at names no place; give at least one module, or None for the input")
-    return places
+    return Places(places, model, xb)
+
+def _shapes(model, places, xb):
+    "What is mixed at each place: the shape of its first tensor"
+    xb,modes = tuple(xb) if is_sequence(xb) else (xb,),{m:m.training for m in model.modules()}
+    found = {None: tuple(first(xb).shape)}
+    def note(m, args, out): found.setdefault(m, tuple(first(out).shape))
+    hooks = [m.register_forward_hook(note) for m in places if m is not None]
+    try:
+        model.eval()
+        with torch.no_grad(): model(*xb)
+    finally:
+        for h in hooks: h.remove()
+        for m,mode in modes.items(): m.training = mode
+    return found

@@ -70,8 +70,8 @@ class Batch:
     def sizes(self, name:str='this recipe')->tuple:
         "The sizes of the axes behind the channels; a ValueError that names the recipe, if there are none"
         if self.x.dim()>2 and 0 not in self.x.shape[2:]: return self.x.shape[2:]
-        raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), but x has shape {tuple(self.x.shape)}; "
-            "use mixup for it")
+        raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), "
+            f"but x has shape {tuple(self.x.shape)}; use mixup for it")
 
 # %% ../nbs/api/04_recipes.ipynb #recipe
 class Recipe:
@@ -116,16 +116,19 @@ class Recipe:
         return mix
 
 # %% ../nbs/api/04_recipes.ipynb #mixup
-@dataclass(frozen=True)
-class mixup(Recipe):
-    "Values interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha), for each row ([paper](https://arxiv.org/abs/1710.09412))"
-    alpha:float|Callable=.4 # >= 0, or a function of the fraction of training done; 0: off
-
+class _WithAlpha(Recipe):
+    "A recipe whose share is drawn from Beta(alpha, alpha)"
     def __post_init__(self): check_value('alpha', self.alpha)
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
+    def _lam(self, batch, n=None): return batch.beta(value_at('alpha', self.alpha, batch.progress), n)
+
+@dataclass(frozen=True)
+class mixup(_WithAlpha):
+    "Values interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/1710.09412))"
+    alpha:float|Callable=.4 # >= 0, or a function of the fraction of training done; 0: off
 
     def draw(self, batch):
-        lam = batch.beta(value_at('alpha', self.alpha, batch.progress))
+        lam = self._lam(batch)
         return Mix(batch.partner, torch.maximum(lam, torch.rsub(lam, 1)))  # 1-lam, past Python's operators
 
 # %% ../nbs/api/04_recipes.ipynb #boxes
@@ -145,15 +148,12 @@ def _either(a, b):
 
 # %% ../nbs/api/04_recipes.ipynb #cutmix
 @dataclass(frozen=True)
-class cutmix(Recipe):
-    "A box of the partner, its area 1-B before clipping, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/1905.04899))"
-    alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
-
-    def __post_init__(self): check_value('alpha', self.alpha)
-    def active(self, progress): return value_at('alpha', self.alpha, progress)>0
+class cutmix(_WithAlpha):
+    "A box of the partner, its area 1-B before it is clipped ([paper](https://arxiv.org/abs/1905.04899))"
+    alpha:float|Callable=1. # B ~ Beta(alpha, alpha): >= 0, or a function of the fraction of training done; 0: off
 
     def draw(self, batch):
-        sizes,lam = batch.sizes('cutmix'),batch.beta(value_at('alpha', self.alpha, batch.progress))
+        sizes,lam = batch.sizes('cutmix'),self._lam(batch)
         side,centre = (1-lam)**(1/len(sizes)),batch.uniform(len(batch), len(sizes))
         lo,hi = [],[]
         for i,s in enumerate(sizes):
@@ -176,8 +176,6 @@ class resizemix(Recipe):
 
     def draw(self, batch):
         sizes,(lo,hi) = batch.sizes('resizemix'),self.scale
-        if len(sizes)>3:
-            raise ValueError(f"resizemix shrinks one to three axes, but x has shape {tuple(batch.x.shape)}; use cutmix")
         r = batch.uniform(len(batch), len(sizes)+1)
         tau = lo+(hi-lo)*r[:,0]
         size = [(tau*s).round().long().clamp(1, s) for s in sizes]
@@ -187,20 +185,18 @@ class resizemix(Recipe):
 
 # %% ../nbs/api/04_recipes.ipynb #fmix
 @dataclass(frozen=True)
-class fmix(Recipe):
-    "A blob of the partner, one for the batch, its area 1-B, B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/2002.12047))"
-    alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
+class fmix(_WithAlpha):
+    "A blob of the partner, one for the batch, its area 1-B ([paper](https://arxiv.org/abs/2002.12047))"
+    alpha:float|Callable=1. # B ~ Beta(alpha, alpha): >= 0, or a function of the fraction of training done; 0: off
     decay:float=3. # How fast high frequencies fade, as frequency**-decay; larger is smoother
 
     def __post_init__(self):
-        check_value('alpha', self.alpha)
+        super().__post_init__()
         if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not self.decay>=0:
             raise ValueError(f"decay={self.decay!r} must be a number >= 0; 3 is the paper's")
 
-    def active(self, progress): return value_at('alpha', self.alpha, progress)>0
-
     def draw(self, batch):
-        sizes,lam = batch.sizes('fmix'),batch.beta(value_at('alpha', self.alpha, batch.progress), 1)
+        sizes,lam = batch.sizes('fmix'),self._lam(batch, 1)
         noise = _low_noise(sizes, self.decay, batch).flatten()
         keep = (lam*len(noise)).round()
         ranks = torch.arange(len(noise), device=batch.device)
@@ -221,16 +217,16 @@ class one_of(Recipe):
     def __init__(self,
         *recipes:Recipe, # Two or more
         weights:Sequence|None=None, # One number or schedule >= 0 per recipe, not all 0; None: all alike
-        per_row:bool=False # Choose for every row? All recipes are then drawn and merged, which costs several times as much
+        per_row:bool=False # Choose for every row? Then all are drawn and merged, which costs several times as much
     ):
         weights = [1.]*len(recipes) if weights is None else weights
         if len(recipes)<2 or not all(isinstance(r, Recipe) for r in recipes):
-            raise TypeError(f"one_of{reprlib.repr(recipes)} needs two or more recipes, such as one_of(mixup(.4), cutmix(1.))")
-        if not isinstance(weights, Sequence): raise TypeError(f"weights={weights!r} must be a sequence with one entry for each recipe")
-        if len(weights)!=len(recipes):
-            raise ValueError(f"weights={weights!r} must have one entry for each of the {len(recipes)} recipes")
+            raise TypeError(f"one_of{reprlib.repr(recipes)} needs two or more recipes: one_of(mixup(.4), cutmix(1.))")
+        if not isinstance(weights, Sequence) or len(weights)!=len(recipes):
+            kind = ValueError if isinstance(weights, Sequence) else TypeError
+            raise kind(f"weights={reprlib.repr(weights)} must have one entry for each of the {len(recipes)} recipes")
         self.recipes,self.weights,self.per_row = recipes,tuple(check_value('weight', w) for w in weights),per_row
-        if not any(callable(w) or w>0 for w in weights): raise ValueError(f"weights={weights!r} must not all be 0")
+        if not any(callable(w) or w>0 for w in weights): raise ValueError(f"weights={weights} must not all be 0")
 
     def __repr__(self):
         return f"one_of({', '.join(map(repr, self.recipes))}, weights={list(self.weights)}, per_row={self.per_row})"
@@ -266,7 +262,7 @@ class one_of(Recipe):
 def _merged(batch, mixes, weights):
     "For every row one of `mixes`, chosen by weight"
     if any(type(m) is not Mix for m in mixes):
-        raise TypeError("one_of(per_row=True) can only choose among plain mixes; choose for the batch instead: per_row=False")
+        raise TypeError("one_of(per_row=True) can only choose among plain mixes; choose for the batch: per_row=False")
     u = batch.uniform(len(batch))*sum(weights)
     lams,masks,boxes = [m.lam for m in mixes],_like_masks(batch, mixes),_like_boxes(batch, mixes)
     lam,mask,box,edge = lams[0],masks[0],boxes[0],weights[0]
@@ -302,7 +298,7 @@ class per_batch(Recipe):
 
     def __post_init__(self):
         if not isinstance(self.recipe, Recipe):
-            raise TypeError(f"per_batch({self.recipe!r}) needs a recipe, such as per_batch(mixup(.4))")
+            raise TypeError(f"per_batch({reprlib.repr(self.recipe)}) needs a recipe, such as per_batch(mixup(.4))")
 
     def active(self, progress): return self.recipe.active(progress)
 
@@ -313,7 +309,7 @@ class per_batch(Recipe):
     def draw(self, batch):
         mix = self.recipe.draw(batch)
         if type(mix) is not Mix:
-            raise TypeError(f"{self.recipe!r} draws a {type(mix).__name__}, which can't be given one share for the batch; "
+            raise TypeError(f"{self.recipe!r} draws a {type(mix).__name__}, which can't get one share for the batch; "
                 "use a loss that is taken apart into rows, such as cross-entropy, or one marked with by_row")
         n = len(mix)
         def one(t): return None if t is None else t[:1].expand(n) if t.dim()==1 else t[:1]

@@ -12,7 +12,7 @@ from math import inf
 from numbers import Real
 
 # %% auto #0
-__all__ = ['check_value', 'value_at', 'until']
+__all__ = ['check_value', 'value_at', 'until', 'without_hesitation']
 
 # %% ../nbs/api/03_schedules.ipynb #check
 def check_value(
@@ -53,3 +53,21 @@ class until:
         check_value('value', self.value)
 
     def __call__(self, progress:float)->float: return value_at('value', self.value, progress) if progress<self.frac else 0.
+
+# %% ../nbs/api/03_schedules.ipynb #hesitation
+@dataclass(frozen=True)
+class without_hesitation:
+    "A schedule for `p`: all batches mixed, then one of two, then fewer and fewer ([paper](https://arxiv.org/abs/2101.04342))"
+    half:float=.6 # Fraction of training from which one batch of two is mixed
+    fade:float=.9 # Fraction from which `p` falls from 1 to 0, which it reaches at the end; >= `half`
+
+    def __post_init__(self):
+        ends = self.half,self.fade
+        if not all(isinstance(o, Real) and not isinstance(o, bool) for o in ends) or not 0<=self.half<=self.fade<=1:
+            raise ValueError(f"half={self.half!r} and fade={self.fade!r} must be fractions of training, "
+                "0 <= half <= fade <= 1; the authors take .6 and .9")
+
+    def __call__(self, progress:float)->float:
+        if progress<self.half: return 1.
+        if progress<self.fade: return .5
+        return (1-progress)/(1-self.fade) if progress<1 else 0.

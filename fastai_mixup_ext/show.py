@@ -79,7 +79,7 @@ def _both(lam, a, b):
     if isinstance(a, Tensor) and a.is_floating_point() and a.numel()<20: return str((lam*a+(1-lam)*b).numpy().round(2))
     if isinstance(a, Tensor): return f'{p} + {q} of {tuple(a.shape)}'
     a,b = str(a)[:150],str(b)[:150]
-    return a if a==b or q=='0' else f'{p} {a} + {q} {b}'
+    return a if a==b or q=='0' else f'{p} × {a} + {q} × {b}'
 
 # %% ../nbs/api/12_show.ipynb #draw
 def _is_picture(o): return isinstance(o, Tensor) and o.dim()==3 and len(o) in (1,3)
@@ -90,6 +90,7 @@ def _show_picture(pic, ax, title, masks):
     lo,hi = pic.min(),pic.max()
     if lo<0 or hi>1: pic = (pic-lo)/(hi-lo)  # not colours: stretched to be seen
     show_image(pic, ctx=ax, title=title, **(dict(cmap='gray') if len(pic)==1 else {}))
+    ax.title.set_fontsize(10)  # two labels and their shares fit above a picture
     for mask,share in masks: ax.imshow(mask, alpha=.6*share, cmap='tab20', vmin=0, vmax=19, interpolation='nearest')
 
 def _titles(a, b, targets, lam):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['plain', 'like', 'is_number', 'dense', 'is_dense', 'is_sequence', 'all_of', 'first', 'rebuilt', 'take_rows']
+__all__ = ['plain', 'like', 'is_number', 'lerp_dtype', 'dense', 'is_dense', 'is_sequence', 'all_of', 'first', 'rebuilt',
+           'take_rows']
 
 # %% ../nbs/api/00_tensors.ipynb #plain
 def plain(
@@ -37,14 +38,22 @@ def like(
 
 # %% ../nbs/api/00_tensors.ipynb #number
 def is_number(
-    x:Tensor
+    x:Tensor # A tensor of any dtype
 )->bool:
     "Does `x` hold numbers (floating or complex), rather than class numbers, ids or truth values?"
     kind = plain(x).dtype
     return kind.is_floating_point or kind.is_complex
 
+def lerp_dtype(
+    x:Tensor
+)->torch.dtype:
+    "What `x` is interpolated in: its own dtype where that is exact enough, else float32"
+    return x.dtype if x.dtype in _exact else torch.float32
+
+_exact = torch.float32, torch.float64, torch.complex64, torch.complex128
+
 def dense(
-    x:Tensor,
+    x:Tensor, # A tensor of any layout
     name:str # What the message calls it
 )->Tensor: # The plain tensor under `x`
     "`x` without its subclass, if its values lie in memory one by one; else a TypeError that names the remedy"
@@ -55,13 +64,15 @@ def dense(
     raise TypeError(f"{name} is a {kind} tensor, which can't be mixed; make it dense, e.g. {remedy}")
 
 def is_dense(
-    x:Tensor
+    x:Tensor # A tensor of any layout
 )->bool:
     "Are its values in memory one by one: not sparse, nested or quantised?"
     return x.layout==torch.strided and not (x.is_nested or x.is_quantized)
 
 # %% ../nbs/api/00_tensors.ipynb #struct
-def is_sequence(o)->bool:
+def is_sequence(
+    o # A tensor or a structure
+)->bool:
     "Is `o` a sequence of parts, not a tensor and not text?"
     return isinstance(o, Sequence) and not isinstance(o, (str, bytes, torch.Size, Tensor))
 

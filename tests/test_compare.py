@@ -1,8 +1,10 @@
 """Paired comparisons: the statistics against oracles, the pairing, and the law of `mix_find`: the learner is as it was."""
+import dataclasses
 import functools
 import itertools
 import math
 import random
+import re
 import types
 
 import numpy as np
@@ -10,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from fastai import metrics as fastai_metrics
-from fastai.basics import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, OptimWrapper, Recorder,
-    TrainEvalCallback, accuracy, error_rate, noop, set_seed, trainable_params)
+from fastai.basics import (Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, DataLoaders, Learner,
+    MSELossFlat, OptimWrapper, Recorder, TrainEvalCallback, accuracy, error_rate, noop, set_seed, trainable_params)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -29,7 +31,7 @@ from torch import nn
 from fastai_mixup_ext import MixCallback, MixUpCallback, cutmix, mixup, one_of
 from fastai_mixup_ext import find
 from fastai_mixup_ext.compare import GAIN, LOSS, UNSURE, Comparison, Run, is_lower_better
-from fastai_mixup_ext.effects import holm, paired, power, seeds_needed, smallest_effect
+from fastai_mixup_ext.effects import common_noise, holm, paired, power, seeds_needed, smallest_effect
 from fastai_mixup_ext.find import as_candidates, compare_fits, default_candidates
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,8 @@ def test_paired_without_spread():
     e = paired([.3, .6, .9], [.2, .5, .8])  # up to rounding the same difference with every seed
     assert math.isclose(e.mean, .1) and e.low==e.high==e.mean and (e.p, e.sd)==(1, 0)
     assert paired([.1+.2], [.3]).mean==0  # rounding is no difference
+    e = paired(np.float32([.96, .97, .98]), np.float32([.95, .96, .97]))  # 32 bits: their spread is rounding as well
+    assert math.isclose(e.mean, .01, rel_tol=1e-4) and (e.p, e.sd)==(1, 0)
 
 def test_paired_with_one_or_no_pair():
     one,none = paired([2.], [1.]),paired([], [])
@@ -96,6 +100,89 @@ def test_smallest_effect_has_a_power_of_80_percent(n, level):
 
 def test_hopeless_power(): assert seeds_needed(1e-6, 1.) is None
 
+# The noise in common
+
+def test_the_common_noise_is_the_residual_of_randomised_blocks():
+    "as the textbook has it for complete tables: twice the mean square of interaction"
+    rng = np.random.default_rng(3)
+    for k,n in ((1, 2), (2, 3), (4, 3), (5, 6)):
+        x = rng.normal(rng.normal(0, 5, (k+1, 1))+rng.normal(0, 5, (1, n)), 1)
+        left = x-x.mean(1, keepdims=True)-x.mean(0, keepdims=True)+x.mean()
+        assert np.allclose(common_noise(x), (2*(left**2).sum()/(k*(n-1)), k*(n-1)))
+    one = rng.normal(0, 1, (2, 4))
+    assert math.isclose(common_noise(one)[0], np.var(one[1]-one[0], ddof=1))  # of one candidate: that of its differences
+
+def test_the_common_noise_where_runs_are_missing():
+    "A candidate's or seed's only run says nothing; the others count as if it were not there"
+    x = np.random.default_rng(4).normal(0, 1, (4, 3))
+    more = np.full((5, 4), math.nan)
+    more[:4,:3] = x
+    more[4,0],more[2,3] = 7.,8.
+    assert np.allclose(common_noise(more), common_noise(x))
+    whole = common_noise(x)[1]
+    x[1,2] = math.nan
+    assert common_noise(x)[1]==whole-1
+    for none in ([], [[]], [[1., 2.]], [[1.], [2.]], [[math.nan]*3]*2): assert np.isnan(common_noise(none)[0]) and common_noise(none)[1]==0
+    assert common_noise([[.1, .2, .3], [.2, .3, .4]])==(0, 2)  # but for rounding the same
+
+def noise_of(x):
+    "The textbook's, of complete tables"
+    left = x-x.mean(1, keepdims=True)-x.mean(0, keepdims=True)+x.mean()
+    df = (len(x)-1)*(x.shape[1]-1)
+    return 2*(left**2).sum()/df,df
+
+def slow_finds(x, common):
+    "Which candidates differ from the first row, by the common noise of those that are not far noisier, or each by its own"
+    n,d = x.shape[1],x[1:]-x[0]
+    own,rows = d.var(1, ddof=1),list(range(len(d)))
+    def noise(rows): return noise_of(x[[0, *(i+1 for i in rows)]])
+    while len(rows)>1:
+        worst = max(rows, key=lambda i: own[i])
+        var,df = noise([i for i in rows if i!=worst])
+        if stats.f.sf(own[worst]/var, n-1, df)>=.01: break
+        rows.remove(worst)
+    var,df = noise(rows)
+    def p(i): return 2*stats.t.sf(abs(d[i].mean())/math.sqrt((max(own[i], var) if shared(i) else own[i])/n), df if shared(i) else n-1)
+    def shared(i): return common and i in rows
+    return np.array(slow_holm([p(i) for i in range(len(d))]))<.05
+
+def found_by_chance_and_not(sds, effect, common=True, times=1500, n=3):
+    "The share of comparisons with a find, and the share of differences that are found"
+    rng = np.random.default_rng(5)
+    x = rng.normal(0, 1, (times, len(sds), n))*np.array(sds)[:,None]
+    x[:,1:] -= effect
+    finds = np.array([slow_finds(o, common) for o in x])
+    for o,f in zip(x[:30] if common else [], finds):
+        c = figures(values=dict(enumerate(o)), metric='loss')
+        assert [c.verdict(i)!=UNSURE for i in c.effects]==list(f)
+    return finds.any(1).mean(),finds.mean(0)
+
+@pytest.mark.parametrize('sds,share', [([1]*5, .05), ([1]*3, .05), ([1, 1, 1, 1, 3], .07), ([1, 1, 3], .07),
+    ([2, 1, 1, 1, 1], .07), ([.5, 1, 1, 1, 1], .05), ([1, 1, 1, 1, 10], .1)])
+def test_few_finds_by_chance(sds, share):
+    "At most 5 in 100, and not many more where the noise differs by a factor of three or ten"
+    assert found_by_chance_and_not(sds, 0)[0]<=share+2*math.sqrt(share*(1-share)/1500)
+
+def test_the_common_noise_finds_more():
+    assert found_by_chance_and_not([1]*5, 3)[1].min()>.6 and found_by_chance_and_not([1]*5, 3, common=False)[1].max()<.25
+
+def test_a_wild_candidate_hides_nothing():
+    assert found_by_chance_and_not([1]*4+[10], 3)[1][:3].min()>.45
+    wild = [.10, .30, .02, .25, .15]
+    c = figures(values=dict(none=NONE, cutmix=BETTER['values']['cutmix'], wild=wild))
+    assert c.best=='cutmix' and c.steady==['cutmix'] and 'from its own runs alone: wild.' in repr(c)
+    assert c.effects['wild']==paired(wild, NONE)
+
+@pytest.mark.parametrize('n,effect,k', [(3, 3., 4), (2, 5., 4), (5, 2., 2)])
+def test_power_with_the_common_noise(n, effect, k):
+    rng = np.random.default_rng(6)
+    x = rng.normal(0, 1/math.sqrt(2), (20_000, k+1, n))  # differences have a standard deviation of 1
+    x[:,1] += effect/math.sqrt(2)
+    d,left = x[:,1]-x[:,0],x-x.mean(2, keepdims=True)-x.mean(1, keepdims=True)+x.mean((1,2), keepdims=True)
+    var = np.maximum(d.var(1, ddof=1), 2*(left**2).sum((1,2))/(k*(n-1)))
+    found = 2*stats.t.sf(np.abs(d.mean(1))/np.sqrt(var/n), k*(n-1))<.05/k
+    assert abs(power(effect/math.sqrt(2), 1, n, .05/k, k)-found.mean())<.012
+
 # Comparison
 
 def figures(**kwargs): return Comparison(kwargs.pop('values'), kwargs.pop('metric', 'error_rate'), **kwargs)
@@ -104,19 +191,21 @@ NONE = [.101, .099, .102, .098, .100]
 BETTER = dict(values=dict(none=NONE, cutmix=[.081, .078, .083, .079, .080], mixup=[.102, .098, .101, .099, .101]))
 
 def test_a_gain():
-    c = figures(**BETTER, costs=dict(none=1., cutmix=1.04, mixup=1.2), suggestions=dict(cutmix=lambda: 'a callback'))
+    c = figures(**BETTER, costs=dict(none=1., cutmix=1.04, mixup=1.2))
+    c.suggestions['cutmix'] = lambda: 'a callback'
     assert c.best=='cutmix' and c.suggestion=='a callback' and c.baseline=='none'
-    e = stats.ttest_rel(BETTER['values']['cutmix'], NONE).confidence_interval(.95)
-    assert str(c)==f'cutmix: 2.0 % fewer errors [{-100*e.high:.1f}, {-100*e.low:.1f}], costs 4 %'
+    e = c.effects['cutmix']
+    assert str(c)==f'cutmix: error 8.0 % instead of 10.0 %: 2.0 points less [{-100*e.high:.1f}, {-100*e.low:.1f}]; costs 4 % more time'
+    assert (e.low, e.high)==dataclasses.astuple(paired(BETTER['values']['cutmix'], NONE, common_noise([*BETTER['values'].values()])))[1:3]
     assert (c.verdict('cutmix'), c.verdict('mixup'))==(GAIN, UNSURE)
 
 def test_the_same_gain_where_higher_is_better():
     values = {k: [1-x for x in v] for k,v in BETTER['values'].items()}
     assert str(figures(values=values, metric='accuracy'))==str(figures(**BETTER))
     hit = figures(values=values, metric='dice')
-    assert str(hit).startswith('cutmix: dice higher by 0.020 [0.01') and hit.gain('cutmix')>0
+    assert str(hit).startswith('cutmix: dice 0.920 instead of 0.900: 0.020 higher [0.01') and hit.gain('cutmix')>0
     ours = figures(values=values, metric='hits', lower_is_better=False)
-    assert str(ours).startswith('cutmix: hits higher by')
+    assert str(ours).startswith('cutmix: hits 0.920 instead of 0.900: 0.020 higher')
     wrong = figures(values=values, metric='hits', lower_is_better=True)
     assert wrong.best is None and wrong.verdict('cutmix')==LOSS
 
@@ -128,26 +217,25 @@ def test_the_largest_clear_gain_is_suggested():
 def test_cant_tell_says_how_many_seeds():
     c = figures(values=dict(none=[.10, .12, .09], mixup=[.09, .13, .085]))
     n = seeds_needed(.01, np.std([-.01, .01, -.005], ddof=1))
-    assert str(c)==f'none: no candidate is better than its noise; to see a difference of 1 % you would need about {n} seeds'
+    assert str(c)==f'none: no candidate is better than its noise; to see a difference of 1 point you would need about {n} seeds'
     assert c.best is None and c.suggestion is None
     assert math.isclose(c.detectable, smallest_effect(np.std([-.01, .01, -.005], ddof=1), 3))
 
 def test_cant_tell_though_it_would_have_shown():
     c = figures(values=dict(none=NONE, mixup=[.1005, .0992, .1021, .0982, .0998]))
-    assert str(c)=='none: no candidate is better than its noise; a difference of 1 % would have shown'
+    assert str(c)=='none: no candidate is better than its noise; a difference of 1 point would probably have shown'
 
 def test_all_are_worse():
     near = .1,.1012,.1008,.0991,.0999
     c = figures(values=dict(none=NONE, a=[x+.02 for x in near], b=[x+.05 for x in near]))
-    assert str(c).startswith('none: every candidate is worse; the mildest, a: 2.0 % more errors [1.')
+    assert str(c).startswith('none: every candidate is worse; the mildest is a: error 12.0 % instead of 10.0 %: 2.0 points more [1.')
 
 def test_holm_decides():
     "p = .03 is a find alone, but not among five"
-    d = np.array([-.02, -.004, -.012, -.009])
-    assert .02<stats.ttest_1samp(d, 0).pvalue<.05
-    base = [.1, .1, .1, .1]
-    alone = figures(values=dict(none=base, a=base+d))
-    among = figures(values=dict(none=base, a=base+d) | {k: base+np.array([.01, -.01, .02, -.021]) for k in 'bcde'})
+    d,base = np.array([-.018, -.005, -.014, -.007]),np.array([.1, .1, .1, .1])
+    others = zip('bcde', np.random.default_rng(0).normal(0, .012, (4, 4)))
+    alone,among = figures(values=dict(none=base, a=base+d)),figures(values=dict(none=base, a=base+d) | {k: base+o for k,o in others})
+    assert .01<alone.effects['a'].p<.05 and .01<among.effects['a'].p<.05
     assert alone.best=='a' and among.best is None
 
 def test_one_seed_is_said_in_words():
@@ -169,7 +257,7 @@ def test_missing_runs_are_left_out_by_seed():
     values = dict(none=[.1, .2, .3, None], a=[None, .1, .25, .1])
     c = figures(values=values)
     e = paired([.1, .25], [.2, .3])
-    assert c.effects['a']==e and c.seeds==2 and c.table.loc['a', 'runs']==3
+    assert dataclasses.astuple(c.effects['a'])==pytest.approx(dataclasses.astuple(e)) and c.seeds==2 and c.table.loc['a', 'runs']==3
     check_all_forms(c)
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -182,6 +270,26 @@ def test_diverged(bad):
 def check_all_forms(c):
     assert c.conclusion in repr(c) and len(c._repr_html_()) and len(c.table)==len(c.names)
     c.plot().canvas.draw()
+
+@pytest.mark.parametrize('values,metric,words', [
+    (dict(none=[5971., 5989., 5965.], a=[2970., 2990., 2961.]), 'loss', 'a: loss 2974 instead of 5975: 3001 lower ['),
+    (dict(none=[5971., 5389., 6965.], a=[5970., 5990., 5961.]), 'loss',
+        'to see a difference of 61 in loss (1 %) you would need about 1,400 seeds'),
+    (dict(none=[.1, .6, .2], a=[.6, .1, .8]), 'error_rate', 'to see a difference of 1 point you would need more than 10,000 seeds'),
+    (dict(none=[3e-5, 3.1e-5, 3e-5], a=[1e-5, 1.1e-5, 1.01e-5]), 'mse', 'a: mse 0.000010 instead of 0.000030: 0.000020 lower ['),
+    (dict(none=[.5, .6], a=[.6, .1]), 'accuracy', '2 seeds show no difference in errors, however large: their noise is too large')])
+def test_figures_for_people(values, metric, words):
+    "no exponents, whatever the size"
+    c = figures(values=values, metric=metric)
+    assert words in repr(c) and not re.search(r'[0-9]e[+-]?[0-9]', repr(c)+c._repr_html_())
+
+def test_the_same_runs_by_another_measure():
+    c = Comparison(runs(none=(.1, None), a=(.2, None)), 'accuracy', costs=dict(none=1., a=3.))
+    c.suggestions['a'],c.notes = 1,['a note']
+    other = c.by('loss')
+    assert (other.metric, other.lower, other.costs, other.suggestions, other.notes)==('loss', True, c.costs, c.suggestions, c.notes)
+    assert math.isclose(other.table.loc['a', 'loss'], .98) and c.by('loss').by('accuracy').table.equals(c.table)
+    with pytest.raises(ValueError, match=r"metric='dice' was not measured; it must be one of \['accuracy', 'loss'\]"): c.by('dice')
 
 def runs(**kwargs): return [Run(n, s, {'accuracy': [.2, .4+d, .8+d], 'loss': [2., 1.5, 1-d]}, sec, gap)
     for n,(sec,gap) in kwargs.items() for s,d in enumerate([.01, .03, .02])]
@@ -207,6 +315,15 @@ def test_memorising_is_said_if_there_is_no_winner():
     assert said((.1, .2)).endswith('It memorises (loss 0.1 in training, 0.2 in validation): try longer')
     assert 'memorises' not in said((.11, .2)) and 'memorises' not in said(None) and 'memorises' not in said((-2., -1.))
 
+def test_memorising_is_not_said_where_it_leads_nowhere():
+    "no errors to save, or every candidate clearly worse"
+    def said(none, a, metric='error_rate'):
+        values = [(n, s, v) for n,o in dict(none=none, a=a).items() for s,v in enumerate(o)]
+        return str(Comparison([Run(n, s, {metric:[v]}, None, (.1, .9)) for n,s,v in values], metric))
+    assert 'memorises' in said([.10, .11, .09], [.11, .10, .09]) and 'memorises' in said([.010, .011, .009], [.011, .010, .009], 'rmse')
+    assert 'memorises' not in said([.010, .011, .009], [.011, .010, .009])
+    assert 'memorises' not in said([.10, .11, .09], [.20, .211, .19]) and 'memorises' not in said([.20, .21, .19], [.10, .111, .09])
+
 def test_directions_of_all_of_fastais_metrics():
     made = []
     for n in fastai_metrics.__all__:
@@ -222,6 +339,7 @@ def test_directions_of_all_of_fastais_metrics():
 def test_bad_comparisons():
     with pytest.raises(ValueError, match='runs is empty'): Comparison([])
     with pytest.raises(ValueError, match="baseline='plain' has no run"): figures(**BETTER, baseline='plain')
+    with pytest.raises(ValueError, match="metric='dice' was not measured"): Comparison(runs(none=(.1, None)), 'dice')
     with pytest.raises(ValueError, match='lower_is_better'): figures(**BETTER | dict(metric='x'))
 
 # Learners of all kinds
@@ -392,11 +510,11 @@ def test_an_interrupt_returns_what_is_finished(kind, tmp_path):
     learn,fits = made(kind, tmp_path),[]
     learn.fit(1)
     before = state(learn)
-    def fit(learn, epochs):
+    def fit(learn):
         fits.append(learn)
         if len(fits)==6: learn.add_cb(RaiseAt('after_backward', KeyboardInterrupt(), 2))
-        learn.fit_one_cycle(epochs)
-    c = learn.mix_find(1, dict(none=None, a=mixup(1.)) , seeds=[5, 3, 9, 1], fit=fit)
+        learn.fit_one_cycle(1)
+    c = learn.mix_find(fit, dict(none=None, a=mixup(1.)) , seeds=[5, 3, 9, 1])
     check_as_it_was(before, state(learn))
     assert len(c.runs)==5 and 'Stopped: 5 of' in repr(c)
     assert [o.seed for o in c.runs][:2]==[5, 5] and c.seeds==(1 if kind=='mixing' else 2)
@@ -438,9 +556,9 @@ ALL = dict(none=None, ours=mixup(1.), cut=cutmix(1.), theirs=MixUp(.4), box=CutM
 def draws_of_runs(find):
     "What `find` draws in each run"
     starts,LOG[:] = [],[]
-    def fit(learn, epochs):
+    def fit(learn):
         starts.append(len(LOG))
-        learn.fit(epochs)
+        learn.fit(2)
         starts.append(len(LOG))
     c = find(fit)
     return {(o.name, o.seed): LOG[a:b] for o,a,b in zip(c.runs, starts[::2], starts[1::2])}
@@ -448,20 +566,20 @@ def draws_of_runs(find):
 @pytest.mark.parametrize('how', ['find', 'fits'])
 def test_a_pair_has_the_same_batches_and_draws(how):
     "whoever mixes, with whatever generator; another seed has others"
-    if how=='find': draws = draws_of_runs(lambda fit: noisy_learner().mix_find(2, ALL, seeds=2, fit=fit))
-    else: draws = draws_of_runs(lambda fit: compare_fits(lambda seed: noisy_learner(), ALL, 2, seeds=2, fit=fit))
+    if how=='find': draws = draws_of_runs(lambda fit: noisy_learner().mix_find(fit, ALL, seeds=2))
+    else: draws = draws_of_runs(lambda fit: compare_fits(lambda seed: noisy_learner(), ALL, fit, seeds=2))
     assert list(draws)==[(n, s) for s in (0, 1) for n in ALL]  # interleaved: one seed after another
     for s in (0, 1): assert len(draws['none', s])==16 and all(draws[n, s]==draws['none', s] for n in ALL)
     assert not set(draws['none', 0]) & set(draws['none', 1]) and len(set(draws['none', 0]))==16
 
 def test_each_run_starts_at_the_present_weights(tmp_path):
     learn,starts = made('pictures', tmp_path),[]
-    def fit(learn, epochs):
+    def fit(learn):
         starts.append(digest(learn.model.state_dict()))
-        learn.fit(epochs)
+        learn.fit(1)
     learn.fit(1)
     now = digest(learn.model.state_dict())
-    learn.mix_find(1, [mixup(1.)], seeds=2, fit=fit)
+    learn.mix_find(fit, [mixup(1.)], seeds=2)
     assert starts==[now]*4
 
 def test_new_learners_start_alike_in_a_pair_and_seeds_differ():
@@ -485,12 +603,12 @@ def test_a_comparison_repeats_itself(tmp_path):
 def test_the_plain_run_is_a_plain_fit(tmp_path):
     "with the learner's own rate and schedule"
     learn,rates = made('pictures', tmp_path),[]
-    def fit(learn, epochs):
-        learn.fit_one_cycle(epochs)
+    def fit(learn):
+        learn.fit_one_cycle(2)
         rates.append(learn.recorder.lrs)
-    a,b = learn.mix_find(2, [mixup(1.)], seeds=1, fit=fit),learn.mix_find(2, [mixup(1.)], seeds=1)
+    a,b = learn.mix_find(fit, [mixup(1.)], seeds=1),learn.mix_find(2, [mixup(1.)], seeds=1)
     assert [o.curves for o in a.runs]==[o.curves for o in b.runs] and max(rates[0])<=.01
-    c = learn.mix_find(2, [mixup(1.)], seeds=1, fit=Learner.fit)
+    c = learn.mix_find(lambda learn: learn.fit(2), [mixup(1.)], seeds=1)
     assert c.runs[0].curves!=a.runs[0].curves
 
 # What is compared
@@ -517,8 +635,8 @@ def test_candidates_by_list_and_by_name():
 def test_a_mixing_callback_on_board_is_one_of_the_candidates(theirs, tmp_path):
     own,mixers = MixUp(.4) if theirs else MixUpCallback(.4, p=.5),[]
     learn = digits_learner(tmp_path, [own])
-    def fit(learn, epochs): mixers.append([(type(cb), cb is own) for cb in learn.cbs if 'Mix' in type(cb).__name__])
-    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(1, [cutmix(1.)], seeds=1, fit=fit)
+    def fit(learn): mixers.append([(type(cb), cb is own) for cb in learn.cbs if 'Mix' in type(cb).__name__])
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(fit, [cutmix(1.)], seeds=1)
     assert c.names==['none', 'cutmix(1.0)', 'MixUp (yours)' if theirs else 'mixup(0.4) (yours)']
     assert mixers==[[], [(MixCallback, False)], [(type(own), False)]] and own in learn.cbs and own.learn is learn
 
@@ -533,10 +651,10 @@ def test_the_suggestion_is_ready_to_use(tmp_path):
 
 def test_callbacks_are_fresh_in_every_run_and_writers_stay_out(tmp_path):
     learn,seen = made('saving', tmp_path),[]
-    def fit(learn, epochs):
+    def fit(learn):
         seen.append({type(cb).__name__: cb for cb in learn.cbs})
-        learn.fit(epochs)
-    learn.mix_find(1, [EarlyStoppingCallback()], seeds=2, fit=fit)
+        learn.fit(1)
+    learn.mix_find(fit, [EarlyStoppingCallback()], seeds=2)
     assert not {'SaveModelCallback', 'CSVLogger', 'ProgressCallback'} & {k for o in seen for k in o}
     assert len({id(o['EarlyStoppingCallback']) for o in seen})==4 and learn.early_stopping not in [o['EarlyStoppingCallback'] for o in seen]
 
@@ -560,9 +678,10 @@ def test_the_metric_that_decides(tmp_path):
     with pytest.raises(ValueError, match="'hits'.*lower_is_better"): learn.mix_find(1)
     quick = dict(candidates=[mixup(1.)], seeds=1)
     assert learn.mix_find(1, **quick, lower_is_better=False).lower is False
-    for m in ('error_rate', error_rate): assert learn.mix_find(1, **quick, metric=m).metric=='error_rate'
-    assert learn.mix_find(1, **quick, metric='loss').lower
-    with pytest.raises(ValueError, match="metric='dice' is not measured.*hits"): learn.mix_find(1, metric='dice')
+    found = compare_fits(lambda seed: learn, epochs=1, **quick, lower_is_better=False)
+    assert found.metric=='hits' and found.by('error_rate').lower and found.by('loss').lower
+    learn.metrics = [error_rate, hits]
+    assert learn.mix_find(1, **quick).metric=='error_rate'
     learn.metrics = []
     assert learn.mix_find(1, **quick).metric=='loss'
 
@@ -585,13 +704,21 @@ def test_the_gap_is_between_losses_in_eval_mode_and_unmixed(tmp_path):
     dls = DataLoaders.from_dsets(items[:20], items[20:], bs=10, num_workers=0, device='cpu')
     model = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(64, 10))
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(1, [mixup(1.)], seeds=2, fit=noop)
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(noop, [mixup(1.)], seeds=2)
     model.eval()
     def loss(rows):
         x,y = map(torch.stack, zip(*rows))
         with torch.no_grad(): return nn.functional.cross_entropy(model(x), y).item()
     assert np.allclose(c.gap, [loss(items[:20]), loss(items[20:])])
     assert [o.gap is None for o in c.runs]==[False, True]*2
+
+class NoValidation(Callback):
+    def before_validate(self): raise CancelValidException
+
+def test_no_gap_where_a_callback_skips_the_validation(tmp_path):
+    learn = digits_learner(tmp_path, [NoValidation()])
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(1, [mixup(1.)], seeds=1)
+    assert c.gap is None and 'memorises' not in repr(c)
 
 def test_the_gap_reads_no_more_training_rows_than_there_are_validation_rows(tmp_path):
     LOG[:] = []
@@ -602,7 +729,7 @@ def test_the_gap_reads_no_more_training_rows_than_there_are_validation_rows(tmp_
     items = pictures()
     dls = DataLoaders.from_dsets(items[:50], items[50:], bs=5, num_workers=0, device='cpu')
     learn = Learner(dls, nn.Sequential(Count(), net()), loss_func=CrossEntropyLossFlat(), path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.mix_find(1, [mixup(1.)], seeds=1, fit=noop)
+    with learn.no_bar(), learn.no_logging(): learn.mix_find(noop, [mixup(1.)], seeds=1)
     assert sum(LOG)==20
 
 # What is said
@@ -614,13 +741,16 @@ def test_a_bar_and_the_expected_time(tmp_path, capsys):
     assert out.count('2 runs of 2 epochs: about') == 1 and '[4/4' in out and 'mixup(1.0), seed 0' in out
     with learn.no_bar(): learn.mix_find(2, [mixup(1.)], seeds=1)
     out = capsys.readouterr().out
-    assert out.startswith('2 runs of 2 epochs: about') and out.count('\n')==1
+    words = r'2 runs of 2 epochs: about .* in all\n\[1/2\] none, seed 0: loss .*, accuracy .*\n\[2/2\] mixup\(1.0\), seed 0: .*\n'
+    assert re.fullmatch(words, out)
+    with learn.no_bar(): learn.mix_find(lambda learn: learn.fine_tune(1), [mixup(1.)], seeds=1)
+    assert capsys.readouterr().out.startswith('2 runs: about')
     with learn.no_bar(), learn.no_logging(): learn.mix_find(2, [mixup(1.)], seeds=1)
     assert capsys.readouterr().out==''
 
 BAD = [
     (dict(epochs=0), ValueError, 'epochs=0 must be a whole number of at least 1'),
-    (dict(epochs=1.5), ValueError, 'epochs=1.5'),
+    (dict(epochs=1.5), ValueError, 'epochs=1.5.*or a function that trains a learner'),
     (dict(epochs=True), ValueError, 'epochs=True'),
     (dict(seeds=0), ValueError, 'seeds=0'),
     (dict(seeds=[1, 1]), ValueError, r'seeds=\[1, 1\]'),
@@ -631,8 +761,6 @@ BAD = [
     (dict(candidates=[.4]), TypeError, '0.4.*must be a recipe'),
     (dict(candidates=dict(a=nn.ReLU)), TypeError, "candidate 'a'.*must be a recipe"),
     (dict(candidates=.4), TypeError, 'candidates=0.4'),
-    (dict(fit=3), TypeError, 'fit=3'),
-    (dict(metric='dice'), ValueError, "metric='dice'"),
 ]
 @pytest.mark.parametrize('kwargs,error,words', BAD)
 def test_bad_arguments_are_refused_before_training(kwargs, error, words, tmp_path):

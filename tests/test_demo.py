@@ -280,6 +280,19 @@ def start(*args):
     "The installed command, in a process of its own"
     return subprocess.Popen([script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8')
 
+def test_interrupted_in_the_first_import():
+    code = '''if True:
+        import builtins, os, signal
+        from fastai_mixup_ext.demo_start import main
+        load = builtins.__import__
+        def interrupted(name, *args, **kwargs):
+            if name=='argparse': os.kill(os.getpid(), signal.SIGINT)
+            return load(name, *args, **kwargs)
+        builtins.__import__ = interrupted
+        main()'''
+    res = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
+    assert (res.returncode, res.stderr)==(130, '\nmixup-demo: stopped; nothing is written\n')
+
 def test_interrupted_after_a_run(folder, tmp_path):
     "What is finished is reported"
     out = tmp_path/'out'

@@ -163,10 +163,24 @@ def test_what_is_not_dense_is_refused_in_our_words(kind):
         with pytest.raises(TypeError, match=remedy): f()
     with pytest.raises(TypeError, match='dense'): mixup(.4)(other)
 
-def test_four_axes_are_cut_but_not_shrunk():
-    v = torch.randn(3, 2, 4, 4, 4, 4)
-    assert blend(v, cutmix(1.)(v)).shape==v.shape
-    with pytest.raises(ValueError, match='one to three axes.*use cutmix'): resizemix()(v)
+@pytest.mark.parametrize('kind', [torch.float64, torch.complex128, torch.int64], ids=str)
+@pytest.mark.parametrize('d', [1, 2, 3, 4])
+def test_a_box_shrinks_axis_by_axis(d, kind):
+    "Any number of axes, against a loop over rows, axes and positions in float64"
+    v = (torch.randn(3, 2, *range(5, 5-d, -1))*9).to(kind)
+    m = Mix(torch.tensor([1,2,0]), torch.rand(3), torch.rand(3, 1, *v.shape[2:])>.5, .2+.4*torch.rand(3, 2, d))
+    want = v[m.partner].clone()
+    for i in range(3):
+        for axis in range(d):
+            row,s = want[i].clone(),v.shape[2+axis]
+            for p in range(s):
+                start,size = m.box[i,:,axis].double().tolist()
+                look = min(max(((p+.5)/s-start)/size*s-.5, 0), s-1)
+                low = int(look)
+                a,b = row.select(1+axis, low),row.select(1+axis, min(low+1, s-1))
+                near = a if look-low<=.5 else b
+                want[i].select(1+axis, p).copy_((1-look+low)*a+(look-low)*b if kind!=torch.int64 else near)
+    assert_close(blend(v, m), torch.where(m.mask, v, want), rtol=1e-5, atol=1e-5)
 
 # Values
 
@@ -206,9 +220,8 @@ masks = dict(lam=None, share=torch.full((6,), .3), bool=half.expand(6, 1, 8, 8),
 mixes = {k: Mix(mix.partner, mix.lam, v) for k,v in masks.items()}
 mixes['box'] = Mix(mix.partner, mix.lam, masks['bool'], torch.tensor([[[0.,.5],[1.,.5]]]))
 
-@pytest.mark.parametrize('m', [mixes[k] for k in masks], ids=[*masks])
+@pytest.mark.parametrize('m', mixes.values(), ids=mixes)
 def test_forward_derivatives(m):
-    "But for a box: torch has no forward derivative of `grid_sample`"
     t = torch.randn_like(x)
     assert_close(torch.func.jvp(lambda v: blend(v, m), (x,), (t,)), (blend(x, m), blend(t, m)))
 
@@ -234,6 +247,13 @@ class Blend(nn.Module):
 @pytest.mark.parametrize('m', mixes.values(), ids=mixes)
 def test_export(m, strict):
     assert_close(torch.export.export(Blend(m), (x,), strict=strict).module()(x), blend(x, m))
+
+def test_pinned(monkeypatch):
+    "Every tensor of a mix, as a `DataLoader` asks for; here without the memory of a GPU"
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda t: t.clone())
+    for m in mixes.values():
+        pinned = torch.utils.data._utils.pin_memory.pin_memory(m, 'cuda')
+        for k,t in vars(m).items(): assert t is None or getattr(pinned, k) is not t and torch.equal(getattr(pinned, k), t)
 
 def test_other_mappings():
     "Kept as they are, with their order and defaults"

@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastai_mixup_ext import (MixCallback, across_class, blend, by_target_distance, cutmix, deranged, fmix, mixed_accuracy, mixed_loss,
-    mixup, one_of, per_batch, resizemix, shuffled, within_class)
+from fastai_mixup_ext import (MixCallback, across_class, balanced, blend, by_target_distance, cutmix, deranged, fmix, mixed_accuracy,
+    mixed_loss, mixup, one_of, per_batch, regmixup, remix, resizemix, shuffled, within_class)
 from common import torch_27
 
 recipes = {'mixup': mixup(.4), 'mixup tiny': mixup(1e-3), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(),
     'one_of': one_of(mixup(1.), cutmix()), 'one_of rows': one_of(mixup(.4), cutmix(), fmix(), resizemix(), per_row=True),
-    'per_batch': per_batch(cutmix())}
+    'per_batch': per_batch(cutmix()), 'regmixup': regmixup(), 'remix': remix(one_of(mixup(.4), cutmix()), [9, 1, 1, 1, 1])}
 policies = {'shuffled': shuffled, 'deranged': deranged, 'within_class': within_class, 'across_class': across_class,
-    'by_target_distance': by_target_distance(1.)}
+    'by_target_distance': by_target_distance(1.), 'balanced': balanced(), 'balanced counts': balanced([9, 1, 1, 1, 1])}
 each_recipe = pytest.mark.parametrize('recipe', recipes.values(), ids=recipes)
 each_pairing = pytest.mark.parametrize('pair', policies.values(), ids=policies)
 
@@ -131,6 +131,7 @@ def test_nothing_is_read(recipe, pair):
     x,yb = batch(device='meta')
     p,y = torch.randn(8, 5, device='meta', requires_grad=True),yb[0]
     recipe = recipe.chosen(0.)  # on the host, before anything is drawn
+    recipe(x, yb, pair=pair)  # given counts are copied to a device once
     with Reads() as reads:
         mix = recipe(x, yb, pair=pair)
         blend(x, mix)

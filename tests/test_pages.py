@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import ForwardRef
 
 import pytest
 
@@ -46,6 +47,13 @@ class Recorder:
 
 def written(f): return reference.call(reference.callee(f, f.__qualname__), reference.parameters(f))
 
+def test_a_name_of_two_modules():
+    from fastai_mixup_ext import demo_folders, tensors
+    for o in tensors.first, demo_folders.first: assert reference.from_package(o) is o
+
+def test_types_are_text():
+    assert reference.type_name(ForwardRef('Tensor | None'))=='`Tensor | None`'
+
 def test_calls():
     def f(x, y=1., *, pair=len, seed=None): pass
     def long(first_of_many=1, second_of_many=2, third_of_many=3, fourth_of_many=4, fifth_of_many=5): pass
@@ -66,6 +74,16 @@ def test_table_has_a_row_for_every_parameter():
     assert rows[2:]==['| `x` |  | (n,) the input |', r'| `y` | `1.0` | a\|b |', '| `z` | `None` |  |']
 
 # What readers meet
+
+def test_wide_lines_are_found(tmp_path):
+    "In code, shown or not, in printed output, and in blocks of code in Markdown; a directive is neither"
+    wide = 'x'*91
+    cells = [mk_cell(f'#| echo: false\n#| fig-alt: {wide}\ny'), mk_cell(f'#| echo: false\n{wide}'), mk_cell(wide, 'markdown'),
+        mk_cell(f'```sh\n{wide}\n```', 'markdown'), mk_cell('print(x)')]
+    cells[-1]['outputs'] = [{'output_type': 'stream', 'name': 'stdout', 'text': wide}]
+    for i,o in enumerate(cells): o['id'] = f'cell-{i}'
+    write_nb(new_nb(cells), tmp_path/'page.ipynb')
+    assert check_pages.long_lines(tmp_path/'page.ipynb')=={'cell-1': 1, 'cell-3': 1, 'cell-4': 1}
 
 def test_code_is_at_most_90_wide():
     found = {o.relative_to(root/'nbs').as_posix(): check_pages.long_lines(o) for o in pages}

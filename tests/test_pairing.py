@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import tensor
 
-from fastai_mixup_ext import across_class, by_target_distance, deranged, shuffled, within_class
+from fastai_mixup_ext import across_class, balanced, by_target_distance, deranged, shuffled, within_class
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
@@ -27,7 +27,7 @@ def fits(counts, p):
     return (p>0).sum()==1 or chisquare(counts[p>0], counts.sum()*p[p>0]/p.sum()).pvalue > 1e-4
 
 batches = st.integers(1, 40).flatmap(lambda n: st.tuples(st.lists(st.integers(0, 3), min_size=n, max_size=n), st.integers(0, 2**31)))
-policies = shuffled,deranged,within_class,across_class,by_target_distance(.5)
+policies = shuffled,deranged,within_class,across_class,by_target_distance(.5),balanced(),balanced([100, 30, 10, 1])
 
 def targets(pair, y): return tensor(y).float() if isinstance(pair, by_target_distance) else tensor(y)
 
@@ -94,6 +94,30 @@ def test_distance(y, h):
         assert row[rare].sum() <= 30
         assert fits(row[~rare], p[~rare])
 
+@pytest.mark.parametrize('counts', [None, [100, 10, 1], [1, 1, 1], [.5, .25, 0]], ids=str)
+def test_balanced(counts):
+    "1 over the number of rows of the class, in a loop; a class without rows is taken where it is present"
+    n = [labels.tolist().count(k) for k in range(3)] if counts is None else [max(o, 1e-12) for o in counts]
+    p = np.array([1/n[k] for k in labels])
+    for row in frequencies(balanced(counts), labels):
+        if counts==[.5, .25, 0]: assert row[5]==row.sum()
+        else: assert fits(row, p/p.sum())
+
+def test_balanced_by_class():
+    "Of the batch: each class is as likely, whatever its size"
+    counts = frequencies(balanced(), labels).sum(0)
+    assert fits(np.array([counts[labels==k].sum() for k in range(3)]), np.ones(3))
+
+def test_balanced_over_batches():
+    "A rare class is absent from most batches; given counts make up for it, those of the batch don't"
+    g,sizes = gen(),[90, 9, 1]
+    rows = torch.arange(3).repeat_interleave(tensor(sizes))
+    def share(policy):
+        ys = (rows[torch.randperm(100, generator=g)[:20]] for _ in range(1500))
+        return torch.cat([y[policy(y, y, g)] for y in ys]).bincount(minlength=3)[2]/30_000
+    by_batch,by_counts = share(balanced()),share(balanced(sizes))
+    assert by_batch<.1<by_counts<1/3
+
 @pytest.mark.parametrize('y', [tensor([0.,1e4,2e4]), tensor([1e8,1e8,0.])], ids=['far','large'])
 def test_distance_far_beyond_the_bandwidth(y):
     "Then the nearest are drawn: no underflow, no nan"
@@ -120,10 +144,11 @@ def test_the_label(y):
     assert within_class(torch.zeros(4), y, gen()).tolist()==[1,0,3,2]
     assert {*across_class(torch.zeros(4), y, gen())[:2].tolist()} <= {2,3}
 
-@pytest.mark.parametrize('pair', [within_class,across_class])
+@pytest.mark.parametrize('pair', [within_class,across_class,balanced(),balanced([1, 1])], ids=str)
 @pytest.mark.parametrize('y', [(), torch.rand(4), torch.randint(9, (4,5))], ids=['none','float','map'])
 def test_no_label_is_refused(pair, y):
-    with pytest.raises(ValueError, match=f'{pair.__name__} needs an integer target with one label per row.*shuffled'): pair(torch.zeros(4),
+    name = getattr(pair, '__name__', 'balanced')
+    with pytest.raises(ValueError, match=f'{name} needs an integer target with one label per row.*shuffled'): pair(torch.zeros(4),
         y)
 
 @pytest.mark.parametrize('y', [(), tensor([0,1,0,1])], ids=['none','labels'])

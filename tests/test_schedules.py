@@ -9,7 +9,8 @@ from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedNo, Sche
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_mixup_ext import CutMixCallback, FMixCallback, MixCallback, MixUpCallback, cutmix, fmix, mixup, one_of, until
+from fastai_mixup_ext import (CutMixCallback, FMixCallback, MixCallback, MixUpCallback, cutmix, fmix, mixup, one_of, until,
+    without_hesitation)
 from fastai_mixup_ext.schedules import check_value, value_at
 
 inf,nan = float('inf'),float('nan')
@@ -33,7 +34,8 @@ def test_any_real_number_is_a_number(value): assert mixup(value).alpha==value an
 
 scheds = {'cos': SchedCos(1, 0), 'lin': SchedLin(.1, .9), 'exp': SchedExp(1e-3, 1), 'no': SchedNo(.3, .3), 'poly': SchedPoly(0, 1, 2),
     'combined': combine_scheds([.25,.75], [SchedLin(0, 1), SchedCos(1, 0)]),
-    'lambda': lambda t: t**2, 'tensor': lambda t: torch.tensor(t), 'numpy': lambda t: np.float64(t), 'until': until(.5, .7)}
+    'lambda': lambda t: t**2, 'tensor': lambda t: torch.tensor(t), 'numpy': lambda t: np.float64(t), 'until': until(.5, .7),
+    'without_hesitation': without_hesitation()}
 
 @pytest.mark.parametrize('f', scheds.values(), ids=scheds)
 @given(st.floats(0, 1))
@@ -57,10 +59,38 @@ def test_until_takes_a_fraction(frac):
 def test_until_refuses_a_bad_value():
     with pytest.raises((ValueError,TypeError), match='value='): until(.5, -1)
 
+# ---- mixup without hesitation
+
+def share_of_the_authors(epoch, epochs=100, start=60, end=90):
+    "The share of mixed batches in the two epochs around `epoch`, as github.com/yuhao318/mwh has it for 100 epochs"
+    if epoch>=end: return (epochs-epoch)/(epochs-end)
+    return .5 if epoch>=start else 1.
+
+@pytest.mark.parametrize('epoch', range(100))
+def test_without_hesitation_is_that_of_the_authors(epoch):
+    assert without_hesitation()(epoch/100)==pytest.approx(share_of_the_authors(epoch))
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_without_hesitation(a, b, t):
+    half,fade = sorted((a, b))
+    p = without_hesitation(half, fade)(t)
+    assert 0<=p<=1 and p==(1 if t<half else .5 if t<fade else pytest.approx((1-t)/(1-fade)) if t<1 else 0)
+
+def test_the_batches_without_hesitation():
+    "In a fit of 1,000 batches: 600, about half of 300, and about half of 100"
+    cb = MixUpCallback(p=without_hesitation(), seed=0)
+    mixed = torch.tensor([value_at('p', cb.p, t/1000, 1.) for t in range(1000)])
+    assert (mixed[:600]==1).all() and (mixed[600:900]==.5).all() and mixed[900:].mean()==pytest.approx(.505, abs=.001)
+
+@pytest.mark.parametrize('ends', [(-.1, .9), (.9, .6), (.6, 1.1), (nan, .9), ('a', .9), (None, 1), (True, 1), (.6, True)])
+def test_bad_ends_are_refused(ends):
+    with pytest.raises(ValueError, match=r'half=.* and fade=.* must be fractions of training'): without_hesitation(*ends)
+
 def test_whole_training():
     assert [until(1.)(t) for t in (0., .5, .999)]==[1.]*3 and until(0.)(0.)==0
 
-def test_schedules_pickle(): assert pickle.loads(pickle.dumps(until(.8, .4)))==until(.8, .4)
+@pytest.mark.parametrize('o', [until(.8, .4), without_hesitation()], ids=str)
+def test_schedules_pickle(o): assert pickle.loads(pickle.dumps(o))==o
 
 def test_alpha_follows_its_schedule():
     "The mean share falls as alpha rises: alpha 0 is no mixing, alpha 50 is half and half"

@@ -128,12 +128,12 @@ def test_pictures():
 
 def label(i, j):
     a,b = (['cat','dog'][o%2] for o in (i, j))
-    return a if a==b else f'0.7 {a} + 0.3 {b}'
+    return a if a==b else f'0.7 × {a} + 0.3 × {b}'
 
 def test_plain_picture_tensors():
     axes = plain_learner(fixed()).show_mixed_batch(max_n=3)
     for title,pixel in shown(axes):
-        assert title in ('0.7 0 + 0.3 1', '0.7 1 + 0.3 0', '0', '1')
+        assert title in ('0.7 × 0 + 0.3 × 1', '0.7 × 1 + 0.3 × 0', '0', '1')
         assert any(abs((.7*i+.3*j)/12-pixel[0,0,0])<.01 for i in range(12) for j in range(12))
 
 def test_masks():
@@ -159,7 +159,7 @@ def test_pasted_masks():
 def test_table():
     df = table_learner(fixed()).show_mixed_batch(max_n=4)
     assert [*df.columns]==['colour','size','kind'] and len(df)==4
-    assert all(o in ('yes','no','0.7 yes + 0.3 no','0.7 no + 0.3 yes') for o in df.kind)
+    assert all(o in ('yes','no','0.7 × yes + 0.3 × no','0.7 × no + 0.3 × yes') for o in df.kind)
     assert all(any(abs(.7*i+.3*j-float(o))<.06 for i in range(18) for j in range(18)) for o in df['size'])  # decoded: not normalised
     assert all(o in 'rgb' or o[:4]=='0.7 ' or '0.7' in o for o in df.colour)
 
@@ -171,8 +171,8 @@ def test_text():
     df = text_learner(fixed()).show_mixed_batch(max_n=4)
     assert len(df)==4
     texts = [' '.join('abcdefgh'[:k]) for k in range(2, 9)]
-    wanted = {*texts} | {f'0.7 {a} + 0.3 {b}' for a in texts for b in texts}
-    labels = {'bad','good','0.7 bad + 0.3 good','0.7 good + 0.3 bad'}
+    wanted = {*texts} | {f'0.7 × {a} + 0.3 × {b}' for a in texts for b in texts}
+    labels = {'bad','good','0.7 × bad + 0.3 × good','0.7 × good + 0.3 × bad'}
     for text,label in df.itertuples(index=False): assert text in wanted and label in labels
 
 def test_given_axes():

@@ -38,6 +38,9 @@ embedded = re.compile(r'<img[^>]*src="data:image/(?:png|jpeg);base64,([^"]*)"[^>
 heading = re.compile(r'^(#{1,4}) +(.+?)(?: *\{[^}]*\})?$|^(```+)[^\n]*\n.*?^\3$', re.M|re.S)
 scroller = re.compile(r'<(?=pre|span class="math display")(\w+)')
 table = re.compile(r'<table.*?</table>', re.S)
+deviation = re.compile(r'(?<=\d) ± (?=\d)')  # a figure and its deviation stay in one line
+link_in_link = re.compile(r'\[(\[`[^`\n]+`\]\([^)\n]*\))\]\([^)\n]*\)')  # nbdev links a name that is the text of a link
+parameters = re.compile(r'<th[^>]*>meaning</th>\s*</tr>')
 web_font = re.compile(r'@import url\(https?:[^)]*\);?')
 
 
@@ -80,13 +83,25 @@ def without_doubles(body):
     return res
 
 
+def kind_of(drawn):
+    "How dark mode shows a picture: clear as it is, a plot with its colours turned, a photo in a white frame"
+    pixels = np.asarray(drawn)
+    if (pixels[...,3]==0).mean()>=.2: return 'clear'  # without a ground: drawn for light and dark
+    light,black = (pixels[...,:3].min(-1)>=225).mean(), (pixels[...,:3].max(-1)<80).mean()
+    return 'plot' if light>=.5 and black<.08 else 'photo'
+
+
 def picture(m):
-    "The picture `m` in a box that scrolls on a telephone; dark mode turns the colours of a plot, which is mostly white and nowhere black"
+    "The picture `m` in a box that scrolls on a telephone"
     with Image.open(BytesIO(b64decode(m[1]))) as o: drawn = o.convert('RGBA')
-    pixels = np.asarray(Image.alpha_composite(Image.new('RGBA', drawn.size, 'white'), drawn))[...,:3]
-    white,black = (pixels.min(-1)>=250).mean(), (pixels.max(-1)<80).mean()
-    kind = 'plot' if white>=.5 and black<.08 else 'photo'
-    return f'<span class="picture {kind}" style="--natural-width: {pixels.shape[1]}px" tabindex="0">{m[0]}</span>'
+    kind = kind_of(drawn)
+    return f'<span class="picture {kind}" style="--natural-width: {drawn.width}px" tabindex="0">{m[0]}</span>'
+
+
+def boxed(m):
+    "The table `m` in a box: on a telephone that of parameters becomes a list, any other scrolls"
+    kind = ' parameters' if parameters.search(m[0]) else ''
+    return f'<div class="table-responsive{kind}" tabindex="0">' + deviation.sub('\u00a0±\u00a0', m[0]) + '</div>'
 
 
 class SelfContained(Site):
@@ -102,7 +117,7 @@ class SelfContained(Site):
     def read(self, src):
         page = super().read(src)
         page.out = PurePosixPath(nbpath2html(page.out))
-        page.body = without_doubles(page.body)
+        page.body = link_in_link.sub(r'\1', without_doubles(page.body))
         return page
 
     def find_page(self, target): return super().find_page(target) or next((p for p in self.pages.values() if p.out==target), None)
@@ -119,7 +134,7 @@ class SelfContained(Site):
         page.html = formula.sub(partial(self.mathml, page), page.html)
         page.html = embedded.sub(picture, page.html)
         page.html = scroller.sub(r'<\1 tabindex="0"', page.html)  # what scrolls sideways must do so from the keyboard
-        page.html = table.sub(r'<div class="table-responsive" tabindex="0">\g<0></div>', page.html)
+        page.html = table.sub(boxed, page.html)
 
     def mathml(self, page, m):
         res = convert(html.unescape(m[2]), display='inline' if m[1]=='inline' else 'block')

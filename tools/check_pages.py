@@ -39,7 +39,7 @@ root = Path(__file__).parents[1]
 number = re.compile(r'(?<![\w.])[-+−]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?', re.I)
 passing = re.compile(r'\b\d{1,2}:\d\d(?::\d\d)?\b|\b\d{4}-\d\d-\d\d\b|0x[0-9a-f]{6,}|/tmp/[\w/]+')  # times, dates, places
 markup = re.compile(r'<style.*?</style>|<[^>]*>', re.S)
-hidden = re.compile(r'^#\| *(?:hide\b|echo: *false|include: *false)', re.M)
+fenced = re.compile(r'^```(?!diff)[^`\n]*\n(.*?)^```', re.M|re.S)  # a patch has the lines of others' code
 measured = re.compile(r'^#\| *measured: *true', re.M)
 versions = 'version('
 shown = 'image/png', 'image/jpeg', 'image/svg+xml', 'text/html', 'text/markdown', 'text/latex', 'text/plain'  # the first is what is seen
@@ -199,12 +199,18 @@ def needs_versions(page):
     return not said and any(kind.startswith('image/') or re.search(r'\d\.\d', o) for c in cells for kind,o in seen(c))
 
 
+def code_in(cell):
+    "The texts of a cell in a fixed pitch: code, printed output, and blocks of code in Markdown"
+    if cell.cell_type=='markdown': return fenced.findall(cell.source)
+    code = [o for o in cell.source.splitlines() if not o.startswith('#|')]  # directives are neither code nor shown
+    printed = [o for kind,text in seen(cell) for o in ([text] if kind in ('stdout', 'text/plain') else fenced.findall(text))]
+    return ['\n'.join(code), *printed]
+
+
 def long_lines(page, width=90):
-    "The cells of a page for readers whose code or printed output has lines of more than `width` characters, and how many"
+    "The cells of a page for readers that have lines of code or output of more than `width` characters, and how many"
     if 'api' in page.parts: return {}
-    def count(text): return sum(len(o)>width for o in text.splitlines() if not o.startswith('#|'))  # directives are not shown
-    cells = [o for o in read_nb(page).cells if o.cell_type=='code' and not hidden.search(o.source)]
-    found = {o.id: count(o.source) + sum(count(text) for kind,text in seen(o) if kind in ('stdout', 'text/plain')) for o in cells}
+    found = {c.id: sum(len(o)>width for text in code_in(c) for o in text.splitlines()) for c in read_nb(page).cells}
     return {k: v for k,v in found.items() if v}
 
 

@@ -14,12 +14,16 @@ stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '
 
 
 def from_package(sym):
-    "What the package exports as `sym`: a notebook's own copy has no source, and belongs to `__main__`"
+    "What the package exports as `sym`, also if two modules have its name: a notebook's own copy has no source, and is `__main__`'s"
     name = sym.__qualname__
-    module = next((o for o,syms in index['syms'].items() if f'{o}.{name}' in syms), None)
-    if module is None: return sym
+    found = [exported(o, name, sym) for o,syms in index['syms'].items() if f'{o}.{name}' in syms]
+    return next((o for o in found if o.__doc__==sym.__doc__), sym)
+
+
+def exported(module, name, default):
+    "What `module` has as `name`, perhaps in a class"
     found = import_module(module)
-    for part in name.split('.'): found = getattr(found, part, sym)
+    for part in name.split('.'): found = getattr(found, part, default)
     return found
 
 
@@ -68,7 +72,7 @@ def call(name, params, width=80):
 def type_name(anno):
     "An annotation as text, without the names of modules"
     if anno is inspect.Parameter.empty or inspect.isfunction(anno): return ''  # a function that reads an option is no type
-    text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
+    text = anno if isinstance(anno, str) else getattr(anno, '__forward_arg__', None) or inspect.formatannotation(anno)
     for module in ('fastai_mixup_ext.', 'collections.abc.', 'typing.', '__main__.'): text = text.replace(module, '')
     return f"`{text}`"
 

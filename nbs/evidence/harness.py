@@ -197,7 +197,7 @@ def forest(*names):
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     if max(abs(o.high) for _,o,_ in found)>200: log_scale(ax)
     ax.set_xlabel('change in % of the mean without mixing; ← better')
-    return show(fig, 64)
+    return show(fig, 32)
 
 def log_scale(ax):
     "Beyond 20 % a logarithmic scale; intervals of a measure that is never negative may reach below -100 %"
