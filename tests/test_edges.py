@@ -74,6 +74,15 @@ def test_fastais_smoothing_counts_rows_that_torch_ignores(reduction):
 
 # ---- values
 
+def test_defaults(): assert (mixup(), cutmix(), fmix(), resizemix())==(mixup(.4), cutmix(1.), fmix(1., 3.), resizemix((.1,.8)))
+
+def test_a_box_needs_its_mask():
+    with pytest.raises(ValueError, match='Mix.box=.*with a mask over d axes'): Mix(even.partner, even.lam, None, torch.rand(4, 2, 2))
+
+@pytest.mark.parametrize('x', [tensor(1.), torch.eye(3).to_sparse(), [1., 2.], None], ids=['a number', 'sparse', 'a list', 'none'])
+def test_a_recipe_mixes_dense_rows(x):
+    with pytest.raises(TypeError, match='x must be a dense tensor with one row per item'): mixup()(x)
+
 bad = torch.inf,-torch.inf,torch.nan
 
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
