@@ -56,15 +56,33 @@ def defaults():
 def files():
     "In the root of the project and beside the tests, but for the caches of tools"
     caches = {'__pycache__', '.hypothesis', '.pytest_cache', '.mypy_cache', '.ruff_cache', 'build'}
-    return {o for folder in (here, here.parent) for o in folder.iterdir() if o.name not in caches}
+    return {o for folder in (here, here.parent) for o in folder.iterdir() if o.name not in caches and o.suffix!='.egg-info'}
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 def device(request):
     "The CPU, and a GPU where there is one"
     return request.param
 
+# The whole suite runs in two processes, if pytest-xdist is there; a part of it is done before another has started
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword)
+    if whole and getattr(config.option, 'numprocesses', 0) is None:
+        vars(config.option).update(numprocesses=2, dist='loadgroup', loadscopereorder=False)
+
+if 'PYTEST_XDIST_WORKER' in os.environ: torch.set_num_threads(1)
+
+longest = ['test_notebooks', 'test_site', 'test_distributed', 'test_nosync', 'test_faults', 'test_exits']  # first: nobody waits for them
+
+def pytest_itemcollected(item):
+    "A file stays together, since it may make something once for all of its tests; so do those that read while the notebooks run"
+    name = item.path.stem
+    item.add_marker(pytest.mark.xdist_group('tree' if name in ('test_notebooks', 'test_release') else name))
+
 def pytest_collection_modifyitems(config, items):
     "The tests of a GPU are there only where one is; asked for, they do not pass unseen"
+    if 'PYTEST_XDIST_WORKER' in os.environ: items.sort(key=lambda o: longest.index(o.path.stem) if o.path.stem in longest else len(longest))
     if torch.cuda.is_available(): return
     if config.option.markexpr=='cuda': pytest.exit('pytest -m cuda: torch finds no GPU here', 1)
     away = [o for o in items if o.get_closest_marker('cuda')]

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import pytest
 import torch
@@ -108,14 +108,21 @@ def mixes(folder, rank): return [json.loads(o) for o in (folder/f'mixes{rank}').
 def results(folder, n): return [torch.load(folder/f'result{r}', weights_only=False) for r in range(n)]
 def equal(a, b): return len(a)==len(b) and all(map(torch.equal, a, b))
 
-@pytest.fixture(scope='module', params=[('accelerate', 2), ('torchrun', 4)], ids=lambda o: f'{o[0]}-{o[1]}')
-def job(request, tmp_path_factory):
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "The folder with the results of a whole run, which is made once"
+    @cache
+    def run(launcher, n):
+        folder = tmp_path_factory.mktemp('whole')
+        res = launch(launcher, n, __file__, folder, '--cases')
+        assert res.returncode==0, res.stdout
+        return folder
+    return run
+
+@pytest.fixture(params=[('accelerate', 2), ('torchrun', 3)], ids=lambda o: f'{o[0]}-{o[1]}')
+def job(request, whole):
     "A whole run, by either launcher: the number of its processes and the folder of its results"
-    launcher,n = request.param
-    folder = tmp_path_factory.mktemp('whole')
-    res = launch(launcher, n, __file__, folder, '--cases')
-    assert res.returncode==0, res.stdout
-    return n,folder
+    return request.param[1],whole(*request.param)
 
 def test_parameters_and_metrics_are_equal_on_all_ranks(job):
     first,*others = results(*reversed(job))
@@ -153,10 +160,9 @@ def test_the_mean_over_ranks_is_what_one_process_computes(job, case):
         assert equal(got, ranks[0][1])
         for a,b in zip(got, want): close(a, b)
 
-def test_a_killed_rank_ends_the_job_and_a_resumed_job_makes_good(job, tmp_path):
+def test_a_killed_rank_ends_the_job_and_a_resumed_job_makes_good(whole, tmp_path):
     "Rank 1 is killed in the second epoch; the resumed job begins that epoch again, and ends as if nothing had happened"
-    n,folder = job
-    if n!=2: pytest.skip('once is enough')
+    n,folder = 2,whole('accelerate', 2)
     died = launch('torchrun', n, __file__, tmp_path, '--die', '1')
     assert died.returncode and 'Signal 9 (SIGKILL)' in died.stdout and 'rank      : 1' in died.stdout, died.stdout
     assert not list(tmp_path.glob('result*'))

@@ -1,12 +1,17 @@
 """What the other tests left open, found by mutants (`tools/mutants.py`): values at the edge, the second of two, another device."""
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fastai.losses import LabelSmoothingCrossEntropy
 from torch import nn, tensor
+from torch.testing import assert_close
 
-from fastai_mixup_ext import across_class, by_target_distance, cutmix, fmix, mixup, resizemix, until, within_class
-from fastai_mixup_ext import pairing
+from fastai_mixup_ext import (Mix, across_class, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
+    mixup, pairing, resizemix, until, within_class)
+from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
 from fastai_mixup_ext.places import Place
 
@@ -29,6 +34,71 @@ def test_no_draw_leads_to_a_far_partner(monkeypatch):
     monkeypatch.setattr(pairing, 'uniform', lambda size, device, generator: torch.zeros(size))
     y = tensor([9.,0.,5.])
     assert by_target_distance(.1)(torch.zeros(3), y).tolist()==[0,1,2]
+
+# ---- losses
+
+even = Mix(tensor([1,0,3,2]), torch.full((4,), .7))
+
+def other_forward():
+    f = nn.CrossEntropyLoss()
+    f.forward = lambda pred, y: 2*F.cross_entropy(pred, y)
+    return f
+
+def hooked(register):
+    f = nn.CrossEntropyLoss()
+    getattr(f, register)(dict(register_forward_hook=lambda f, args, out: 2*out,
+        register_forward_pre_hook=lambda f, args: (2*args[0], args[1]))[register])
+    return f
+
+@pytest.mark.parametrize('make', [other_forward, partial(hooked, 'register_forward_hook'), partial(hooked, 'register_forward_pre_hook')],
+    ids=['forward', 'hook', 'pre-hook'])
+def test_a_loss_that_was_changed_by_hand_is_called(make):
+    f,pred,y = make(),torch.randn(4, 3),tensor([0,1,2,0])
+    assert not is_by_row(f)
+    assert_close(mixed_loss(f, pred, y, even), .7*f(pred, y)+.3*f(pred, y[even.partner]))
+
+@pytest.mark.parametrize('y,found', [([0,1,2,3], '0 to 3'), ([-1,0,1,2], '-1 to 2'), ([-2,5,0,0], '-2 to 5')])
+def test_labels_out_of_range_are_named(y, found):
+    says = f"between 0 and 2, the last class of the prediction, or be ignored .`ignore_index`.; they run from {found}"
+    with pytest.raises(ValueError, match=says): mixed_loss(nn.CrossEntropyLoss(), torch.randn(4, 3), tensor(y), even)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_fastais_smoothing_counts_rows_that_torch_ignores(reduction):
+    "Their label is skipped, and their smoothing is not"
+    f,pred,y = LabelSmoothingCrossEntropy(reduction=reduction),torch.randn(4, 3),tensor([0,-100,2,-100])
+    whole = Mix(even.partner, torch.ones(4))
+    assert_close(mixed_loss(f, pred, y, whole), f(pred, y))
+    total = LabelSmoothingCrossEntropy(reduction='sum')
+    assert_close(mixed_loss(total, pred, y, even), .7*total(pred, y)+.3*total(pred, y[even.partner]))
+
+
+# ---- values
+
+def test_defaults(): assert (mixup(), cutmix(), fmix(), resizemix())==(mixup(.4), cutmix(1.), fmix(1., 3.), resizemix((.1,.8)))
+
+def test_a_box_needs_its_mask():
+    with pytest.raises(ValueError, match='Mix.box=.*with a mask over d axes'): Mix(even.partner, even.lam, None, torch.rand(4, 2, 2))
+
+@pytest.mark.parametrize('x', [tensor(1.), torch.eye(3).to_sparse(), [1., 2.], None], ids=['a number', 'sparse', 'a list', 'none'])
+def test_a_recipe_mixes_dense_rows(x):
+    with pytest.raises(TypeError, match='x must be a dense tensor with one row per item'): mixup()(x)
+
+bad = torch.inf,-torch.inf,torch.nan
+
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
+@pytest.mark.parametrize('where', ['lam','share','position'])
+@pytest.mark.parametrize('grad', [False,True])
+def test_what_keeps_all_is_as_it_was_beside_what_is_not_finite(dtype, where, grad):
+    "Row 0 keeps all of its own, row 1 is bad"
+    x = torch.randn(2, 3, 4).to(dtype)
+    ones,part = torch.ones(2),tensor([.5,.5])
+    mask = dict(lam=None, share=ones, position=torch.ones(2, 1, 4))[where]
+    mix = Mix(tensor([1,0]), ones if where=='lam' else part, mask)
+    for b in bad:
+        x[1] = b
+        res = blend(x.clone().requires_grad_(grad), mix)
+        assert torch.equal(res[0], x[0])
+    assert torch.equal(mix_input((x, x.real), mix)[1][0], x[0].real)
 
 def test_scratch_is_for_the_cpu(): assert Scratch().like(torch.empty(600, 1000, device='meta')) is None
 

@@ -185,10 +185,10 @@ def test_fine_tune_schedules_each_of_its_fits():
     learn.fine_tune(2, freeze_epochs=1)
     assert steps.mixed==[True]*2+[False]*2 + [True]*4+[False]*4
 
-def test_lr_find_mixes_and_leaves_nothing():
+def test_lr_find_mixes_and_leaves_nothing(tmp_path):
     cb = MixUpCallback(p=until(.5))
     steps = Steps(cb)
-    learn = learner(cb, steps, n=32)
+    learn = learner(cb, steps, n=32, path=tmp_path)
     learn.add_cb(fastai.learner.Recorder())
     with learn.no_bar(): learn.lr_find(show_plot=False, num_it=12)
     assert any(steps.mixed) and len(steps.mixed)>=6 and all(0<=t<1 for t in steps.at)

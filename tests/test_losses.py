@@ -400,10 +400,11 @@ def test_labels_per_position_are_pasted(shape):
 @pytest.mark.parametrize('cls,kw', [(nn.CrossEntropyLoss,dict(weight=weight, ignore_index=2)),
     (nn.CrossEntropyLoss,dict(reduction='none')),
     (CrossEntropyLossFlat,dict(weight=w32)), (CrossEntropyLossFlat,dict(reduction='none')), (FocalLossFlat,dict(weight=w32))])
-def test_a_share_per_position(cls, kw):
+@pytest.mark.parametrize('by_position', [mask.float(), torch.rand(n, 1, 4, 3)], ids=['cut','any'])
+def test_a_share_per_position(cls, kw, by_position):
     "A floating mask, as one_of draws it (some rows cut, others interpolated), is a batch in which each position is a row"
     cut_row = tensor([1,0,1,0,0,1]).bool().view(-1, 1, 1, 1)
-    own = torch.where(cut_row, mask.float(), lams.view(-1, 1, 1, 1))
+    own = torch.where(cut_row, by_position, lams.view(-1, 1, 1, 1))
     pred,y = draw('map')
     flat = issubclass(cls, BaseLoss)
     if flat: pred = pred.float()

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import fastai_mixup_ext
 from common import BS, WIDTH, Raise, Watch, global_hooks, hooks_on, make_items, make_learner, make_mixer
 from test_exits import leave
-from fastai_mixup_ext import Mix, MixUpCallback, blend, cutmix, fmix, mix_input, mixed_loss, mixup, one_of, resizemix
+from fastai_mixup_ext import Mix, MixUpCallback, blend, cutmix, fmix, mix_input, mixed_loss, mixup, one_of
 
 package = Path(fastai_mixup_ext.__file__).parent
 
