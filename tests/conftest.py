@@ -65,13 +65,14 @@ def device(request):
 
 # The whole suite runs in two processes, if pytest-xdist is there; a part of it is done before another has started
 
+worker = 'PYTEST_XDIST_WORKER' in os.environ
+if worker: torch.set_num_threads(1)
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     whole = config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword)
-    if whole and getattr(config.option, 'numprocesses', 0) is None:
+    if whole and not worker and getattr(config.option, 'numprocesses', 0) is None:
         vars(config.option).update(numprocesses=2, dist='loadgroup', loadscopereorder=False)
-
-if 'PYTEST_XDIST_WORKER' in os.environ: torch.set_num_threads(1)
 
 longest = ['test_notebooks', 'test_site', 'test_distributed', 'test_nosync', 'test_faults', 'test_exits']  # first: nobody waits for them
 
@@ -82,7 +83,7 @@ def pytest_itemcollected(item):
 
 def pytest_collection_modifyitems(config, items):
     "The tests of a GPU are there only where one is; asked for, they do not pass unseen"
-    if 'PYTEST_XDIST_WORKER' in os.environ: items.sort(key=lambda o: longest.index(o.path.stem) if o.path.stem in longest else len(longest))
+    if worker: items.sort(key=lambda o: longest.index(o.path.stem) if o.path.stem in longest else len(longest))
     if torch.cuda.is_available(): return
     if config.option.markexpr=='cuda': pytest.exit('pytest -m cuda: torch finds no GPU here', 1)
     away = [o for o in items if o.get_closest_marker('cuda')]

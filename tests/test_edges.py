@@ -1,6 +1,7 @@
 """What the other tests left open, found by mutants (`tools/mutants.py`): values at the edge, the second of two, another device."""
 from dataclasses import FrozenInstanceError
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from torch import nn, tensor
 from torch.testing import assert_close
 
+from common import covering
 from fastai_mixup_ext import (Mix, across_class, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
     mixup, pairing, resizemix, until, within_class)
 from fastai_mixup_ext.losses import is_by_row
@@ -21,6 +23,14 @@ def gen(seed=0): return torch.Generator().manual_seed(seed)
 def test_a_value_does_not_change_and_is_a_key(value):
     with pytest.raises(FrozenInstanceError): setattr(value, next(iter(vars(value))), .1)
     assert {value: 1}[value]==1
+
+@pytest.mark.parametrize('strength', [1,2,3])
+def test_covering_leaves_nothing_out(strength):
+    "What the other files choose their cases with: everything that meets in some case still meets in one"
+    cells = [(a, b, c, d) for a in 'xyz' for b in (0,1,None) for c in 'pq' for d in range(4) if not (a=='x' and d==3)]
+    def together(cells): return {tuple((i, o[i]) for i in axes) for o in cells for axes in combinations(range(4), strength)}
+    few = covering(cells, strength)
+    assert together(few)==together(cells) and set(few)<=set(cells) and len(few)<={1: 4, 2: 13, 3: 40}[strength]
 
 def test_the_first_of_two_targets_counts():
     x,first,second = torch.zeros(6, 1),tensor([0,0,0,1,1,1]),tensor([0,1,0,1,0,1])

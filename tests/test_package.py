@@ -22,6 +22,8 @@ project = tomllib.loads((root/'pyproject.toml').read_text())['project']
 api = root/'nbs/api'  # a module's number is its layer; the demo's are above all others
 layers = [o.stem.split('_', 1)[1] for folder in (api, api/'demo') for o in sorted(folder.glob('[0-9]*.ipynb'))]
 
+sources = packages_distributions()  # of every module that can be imported here
+
 def names(reqs): return {o.name.lower() for o in map(Requirement, reqs) if 'extra' not in str(o.marker)}
 
 def imports(module):
@@ -63,7 +65,7 @@ def test_imports_go_one_way(layer, module):
 def test_imports_only_the_dependencies(module):
     dists = {'torch'} if module=='mix' else names([*project['dependencies'], *requires('fastai'), 'numpy'])
     tops = {o.split('.')[0] for o in imports(module) if not o.startswith('.')} - sys.stdlib_module_names
-    assert {d.lower() for o in tops for d in packages_distributions().get(o, [o])} <= dists
+    assert {d.lower() for o in tops for d in sources.get(o, [o])} <= dists
 
 def test_three_runtime_dependencies(): assert names(project['dependencies'])=={'fastai', 'torch', 'fastcore'}
 
