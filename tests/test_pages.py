@@ -56,7 +56,8 @@ def test_inherited_fields_are_described():
     from fastai_mixup_ext.spans import SpanMix
     rows = reference.described(Mix, reference.parameters(Mix)).splitlines()[2:]
     inherited = reference.described(SpanMix, reference.parameters(SpanMix)).splitlines()[2:]
-    assert [o.split('|')[-2] for o in inherited[:len(rows)]]==[o.split('|')[-2] for o in rows] and all(o.split('|')[-2].strip() for o in rows)
+    words = [o.split('|')[-2] for o in rows]
+    assert [o.split('|')[-2] for o in inherited[:len(rows)]]==words and all(map(str.strip, words))
 
 def test_types_are_text():
     assert reference.type_name(ForwardRef('Tensor | None'))=='`Tensor | None`'
