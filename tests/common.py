@@ -1,6 +1,7 @@
 """Small learners of every kind, spies and faults: what several test files share."""
 from __future__ import annotations
 import contextlib
+import re
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,11 @@ torch_27 = pytest.mark.skipif(tuple(map(int, torch.__version__.split('.')[:2]))<
 
 BS,N,WIDTH,CLASSES = 7,21,13,3   # no weight of a model has BS rows, so that a tensor that has is a batch
 
-# Fewer cases
+# Cases
+
+def named(o):
+    "How a case is called, the same in every process: without addresses"
+    return re.sub(r' at 0x\w+', '', str(o))
 
 def covering(cells, strength=2):
     "Of these tuples as few as it takes for any `strength` settings that occur together to do so: pairs cost far less than the product"

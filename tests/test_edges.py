@@ -11,8 +11,8 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 from common import covering
-from fastai_mixup_ext import (Mix, across_class, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
-    mixup, pairing, resizemix, until, within_class)
+from fastai_mixup_ext import (Mix, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
+    mixup, pairing, remix, resizemix, until, within_class)
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
 from fastai_mixup_ext.places import Place
@@ -38,6 +38,11 @@ def test_the_first_of_two_targets_counts():
     assert (first[within]==first).all() and (first[across_class(x, (first, second), gen())]!=first).all()
     near = by_target_distance(.1)(x, (first.float(), second.float()), gen())
     assert (first[near]==first).all()
+
+@pytest.mark.parametrize('counts', [[5,-1], [5.,-.5], [0,0], [2**70,1], [[1,2]], [1.,torch.inf], ['a']], ids=str)
+def test_counts_are_numbers_from_zero_on(counts):
+    for make in (balanced, partial(remix, mixup())):
+        with pytest.raises((TypeError, ValueError), match='counts'): make(counts)
 
 def test_no_draw_leads_to_a_far_partner(monkeypatch):
     "A uniform number may be 0, and the logarithm of it is not finite"

@@ -18,7 +18,7 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 import fastai_mixup_ext
-from common import covering
+from common import covering, named
 from fastai_mixup_ext import (CutMixCallback, FMixCallback, MixCallback, MixUpCallback, ResizeMixCallback, across_class,
     by_target_distance, cutmix, deranged,
                               fmix, mixup, one_of, per_batch, resizemix, shuffled, until, within_class)
@@ -115,7 +115,7 @@ def test_a_second_mixer_is_refused(other):
 def test_bad_arguments_are_refused_at_once(kw, error, says):
     with pytest.raises(error, match=says): MixCallback(**(dict(recipe=mixup()) | kw))
 
-@pytest.mark.parametrize('at', [nn.Linear(1, 1), [], lambda m: [], [None,nn.Linear(1, 1)], lambda m: 'stem', [3]], ids=str)
+@pytest.mark.parametrize('at', [nn.Linear(1, 1), [], lambda m: [], [None,nn.Linear(1, 1)], lambda m: 'stem', [3]], ids=named)
 def test_a_place_that_is_none_of_the_models_is_refused(at):
     with pytest.raises(ValueError, match=r'\tat[: ]'): learner(MixUpCallback(at=at)).fit(1)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from common import covering
+from common import covering, named
 from fastai_mixup_ext import Mix, mixed_loss
 from fastai_mixup_ext.losses import by_row, is_by_row
 
@@ -104,7 +104,7 @@ def test_cross_entropy(family, rank, eps, ignore, weighted, reduction):
     assert is_by_row(f)
 
 @pytest.mark.parametrize('dtype', [torch.int8,torch.int16,torch.int32,torch.uint8])
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), F.cross_entropy, CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat()], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), F.cross_entropy, CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat()], ids=named)
 def test_any_integer_labels(f, dtype):
     pred,y = draw('n')
     assert_close(mixed_loss(f, pred, y.to(dtype), mix), mixed_loss(f, pred, y, mix), rtol=0, atol=0)
@@ -287,7 +287,7 @@ def test_a_loss_that_can_not_be_hashed_is_right_too():
     CrossEntropyLossFlat(weight=w32), LabelSmoothingCrossEntropyFlat(weight=w32), LabelSmoothingCrossEntropy(reduction='none'),
     FocalLossFlat(weight=w32), Twice(weight=weight),
     nn.MultiMarginLoss(weight=weight), WeightedFocal(weight), *whole.values(), F.cross_entropy, partial(F.cross_entropy,
-        weight=weight)], ids=str)
+        weight=weight)], ids=named)
 def test_lam_one_is_the_plain_loss_and_lam_zero_the_partners(f):
     flat = isinstance(f, BaseLoss)
     pred,y = draw('n', dtype=torch.float32 if flat else torch.float64)
@@ -300,7 +300,7 @@ def minus_log(pred, y, reduction='mean'):
     return rows if reduction=='none' else rows.mean()
 
 @pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight), FocalLoss(), Twice(), minus_log, function],
-    ids=str)
+    ids=named)
 @pytest.mark.parametrize('m', [one,zero], ids=['lam=1','lam=0'])
 def test_what_counts_nothing_may_be_infinite(f, m):
     "A class ruled out by a prediction of -inf, or of probability 0, is the label of those that have no share only"
@@ -344,7 +344,7 @@ def test_nothing_but_ignored_labels(reduction, value):
     assert_close(loss.item(), value, equal_nan=True)
 
 @pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), CrossEntropyLossFlat(label_smoothing=.1), FocalLoss(),
-    Twice(weight=weight)], ids=str)
+    Twice(weight=weight)], ids=named)
 def test_gradients_of_gradients(f):
     pred,y = draw('n')
     assert torch.autograd.gradcheck(lambda p: mixed_loss(f, p, y, mix), pred)
@@ -422,14 +422,14 @@ def test_a_label_per_row_under_a_mask_has_the_rows_share():
 # ---- nothing is left behind
 
 @pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), FocalLossFlat(), Twice(), WeightedFocal(),
-    *[o for o in whole.values() if hasattr(o, 'reduction')]], ids=str)
+    *[o for o in whole.values() if hasattr(o, 'reduction')]], ids=named)
 def test_the_loss_object_stays_as_it_was(f):
     pred,y = draw('n')
     before = dict(vars(f))
     mixed_loss(f, pred, y, mix)
     assert vars(f)==before and f.reduction=='mean'
 
-@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), FocalLoss(), nn.MultiMarginLoss(), Twice()], ids=str)
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(weight=weight), FocalLoss(), nn.MultiMarginLoss(), Twice()], ids=named)
 def test_a_compiled_loss_is_the_loss(f):
     "What is set on the wrapper, or on a copy of it, is set on the loss"
     pred,y = draw('n')

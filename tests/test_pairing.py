@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import tensor
 
+from common import named
 from fastai_mixup_ext import across_class, balanced, by_target_distance, deranged, shuffled, within_class
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -31,14 +32,14 @@ policies = shuffled,deranged,within_class,across_class,by_target_distance(.5),ba
 
 def targets(pair, y): return tensor(y).float() if isinstance(pair, by_target_distance) else tensor(y)
 
-@pytest.mark.parametrize('pair', policies, ids=str)
+@pytest.mark.parametrize('pair', policies, ids=named)
 @given(batches)
 def test_partners_are_rows(pair, batch):
     y,seed = batch
     p = pair(torch.zeros(len(y), 2, 2), targets(pair, y), gen(seed))
     assert p.shape==(len(y),) and p.dtype==torch.int64 and p.min()>=0 and p.max()<len(y)
 
-@pytest.mark.parametrize('pair', [shuffled,deranged,within_class], ids=str)
+@pytest.mark.parametrize('pair', [shuffled,deranged,within_class], ids=named)
 @given(batches)
 def test_permutations(pair, batch):
     y,seed = batch
@@ -94,7 +95,7 @@ def test_distance(y, h):
         assert row[rare].sum() <= 30
         assert fits(row[~rare], p[~rare])
 
-@pytest.mark.parametrize('counts', [None, [100, 10, 1], [1, 1, 1], [.5, .25, 0]], ids=str)
+@pytest.mark.parametrize('counts', [None, [100, 10, 1], [1, 1, 1], [.5, .25, 0]], ids=named)
 def test_balanced(counts):
     "1 over the number of rows of the class, in a loop; a class without rows is taken where it is present"
     n = [labels.tolist().count(k) for k in range(3)] if counts is None else [max(o, 1e-12) for o in counts]
@@ -128,7 +129,7 @@ def test_near_targets_of_a_large_value_are_told_apart():
     y = tensor([1e9,1e9+1,1e9+2], dtype=torch.float64)
     for i,row in enumerate(frequencies(by_target_distance(1.), y, 3000)): assert fits(row, (-(y-y[i]).square()/2).exp().numpy())
 
-@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float64], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float64], ids=named)
 def test_distance_in_any_precision(dtype):
     y = tensor([0.,.5,300.]).to(dtype)
     row = frequencies(by_target_distance(1.), y, 2000)
@@ -144,7 +145,7 @@ def test_the_label(y):
     assert within_class(torch.zeros(4), y, gen()).tolist()==[1,0,3,2]
     assert {*across_class(torch.zeros(4), y, gen())[:2].tolist()} <= {2,3}
 
-@pytest.mark.parametrize('pair', [within_class,across_class,balanced(),balanced([1, 1])], ids=str)
+@pytest.mark.parametrize('pair', [within_class,across_class,balanced(),balanced([1, 1])], ids=named)
 @pytest.mark.parametrize('y', [(), torch.rand(4), torch.randint(9, (4,5))], ids=['none','float','map'])
 def test_no_label_is_refused(pair, y):
     name = getattr(pair, '__name__', 'balanced')
@@ -159,7 +160,7 @@ def test_distance_needs_a_number(y):
 def test_a_bad_bandwidth_is_refused(h):
     with pytest.raises((ValueError,TypeError), match='bandwidth='): by_target_distance(h)
 
-@pytest.mark.parametrize('pair', policies, ids=str)
+@pytest.mark.parametrize('pair', policies, ids=named)
 def test_own_generator_only(pair):
     y,x = targets(pair, [0,0,1,1,2]),torch.zeros(5)
     state = torch.get_rng_state()
@@ -170,18 +171,18 @@ def test_own_generator_only(pair):
     torch.manual_seed(3)
     assert (pair(x, y)==a).all()
 
-@pytest.mark.parametrize('pair', policies, ids=str)
+@pytest.mark.parametrize('pair', policies, ids=named)
 def test_policies_pickle(pair):
     assert pickle.loads(pickle.dumps(pair))==pair
 
-@pytest.mark.parametrize('pair', policies, ids=str)
+@pytest.mark.parametrize('pair', policies, ids=named)
 def test_targets_are_not_written_to(pair):
     y = targets(pair, [0,0,1,1,2])
     before = y.clone()
     pair(torch.zeros(5), y)
     assert (y==before).all()
 
-@pytest.mark.parametrize('pair', policies, ids=str)
+@pytest.mark.parametrize('pair', policies, ids=named)
 def test_draws_name_their_device(pair):
     "Whatever torch's default is"
     y = targets(pair, [0,0,1,1,2])
