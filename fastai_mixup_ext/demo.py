@@ -32,7 +32,8 @@ def number(
         try: v = kind(s)
         except ValueError: v = math.nan
         if low<=v<=high: return v
-        raise argparse.ArgumentTypeError(f"{s!r} must be {'a whole number' if kind is int else 'a number'} from {low} to {high}")
+        what = 'a whole number' if kind is int else 'a number'
+        raise argparse.ArgumentTypeError(f"{s!r} must be {what} from {low} to {high}")
     return parse
 
 # %% ../nbs/api/demo/04_demo.ipynb #device
@@ -62,22 +63,28 @@ class Parser(argparse.ArgumentParser):
 def parser()->Parser:
     "The options of `mixup-demo`"
     p = Parser('mixup-demo', allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 26, 88),
-        description="Does mixing help? Trains on the same pictures without mixing, with fastai's MixUp, with MixUpCallback and with "
-            "CutMixCallback, compares them, and writes a report.")
+        description="Does mixing help? Trains on the same pictures without mixing, with fastai's MixUp, MixUpCallback "
+            "and CutMixCallback, compares them, and writes a report.")
     add = p.add_argument
-    add('--data', type=folder, metavar='FOLDER', help="a folder of pictures for each class, or train/ and valid/ (or val/, test/) "
+    add('--data', type=folder, metavar='FOLDER',
+        help="a folder of pictures for each class, or train/ and valid/ (or val/, test/) "
         "above such folders; default: scikit-learn's digits")
-    add('--noise', type=number(float, 0, 1), metavar='SHARE', help="share of the training labels that are replaced by wrong ones; "
+    add('--noise', type=number(float, 0, 1), metavar='SHARE',
+        help="share of the training labels that are replaced by wrong ones; "
         f"default: {NOISE} for the digits (0 for clean ones), 0 for a folder")
-    add('--epochs', type=number(int, 1, 1000), default=EPOCHS, metavar='N', help="epochs of each run; default: %(default)s")
-    add('--seeds', type=number(int, 1, 100), default=SEEDS, metavar='N', help="runs of each method; default: %(default)s")
+    add('--epochs', type=number(int, 1, 1000), default=EPOCHS, metavar='N',
+        help="epochs of each run; default: %(default)s")
+    add('--seeds', type=number(int, 1, 100), default=SEEDS, metavar='N',
+        help="runs of each method; default: %(default)s")
     add('--alpha', type=number(float, .01, 100), default=ALPHA, metavar='A',
         help="mixup's shares are drawn from Beta(A, A); default: %(default)s")
     add('--size', type=number(int, 8, 512), metavar='PIXELS', help="height and width of the pictures; "
         f"default: {SIZE_DIGITS} for the digits, {SIZE_FOLDER} for a folder")
     add('--bs', type=number(int, 2, 4096), default=64, metavar='N', help="pictures in a batch; default: %(default)s")
-    add('--device', type=device, default='auto', metavar='NAME', help="auto, cpu, cuda, cuda:1, mps or xpu; default: %(default)s")
-    add('--out', type=folder, default=Path('mixup-demo'), metavar='FOLDER', help="where the report goes; default: %(default)s")
+    add('--device', type=device, default='auto', metavar='NAME',
+        help="auto, cpu, cuda, cuda:1, mps or xpu; default: %(default)s")
+    add('--out', type=folder, default=Path('mixup-demo'), metavar='FOLDER',
+        help="where the report goes; default: %(default)s")
     add('--version', action='version', version=f'mixup-demo {__version__}')
     return p
 
@@ -144,7 +151,8 @@ def compare(
 def described(pics, noise, device)->str:
     "What is trained on, in a line"
     wrong = f', {100*noise:g} % of the training labels replaced by wrong ones' if noise else ''
-    return f"{pics.name}: {len(pics.y):,} pictures in {len(pics.vocab)} classes, {pics.x.shape[-1]}×{pics.x.shape[-1]}{wrong}, on {device}"
+    size = pics.x.shape[-1]
+    return f"{pics.name}: {len(pics.y):,} pictures in {len(pics.vocab)} classes, {size}×{size}{wrong}, on {device}"
 
 def hint(args, noise)->str:
     "What else the digits show"
@@ -170,7 +178,8 @@ def demonstrate(args)->bool: # Are all runs finished?
         c = compare(args, setting)
     notes = [demo_report.cost(c), agreed, hint(args, noise)]
     print('', demo_report.as_text(c), *c.remarks, '', c.conclusion, '', *notes, sep='\n', flush=True)
-    settings = dict(pictures=what, epochs=args.epochs, seeds=args.seeds, alpha=args.alpha, bs=args.bs, version=__version__)
+    settings = {k: getattr(args, k) for k in ('epochs', 'seeds', 'alpha', 'bs')}
+    settings = dict(pictures=what, **settings, version=__version__)
     with staging(args.out) as tmp: demo_report.write(tmp, c, [*pics.said, *notes[1:]], mixed, settings)
     say(f'Written: {args.out/"report.html"}, and results.csv and the pictures beside it')
     return len(c.runs)==args.seeds*len(c.names)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 class Refused(Exception): "What the demo can't do, in words for whoever called it"
 
 # %% ../nbs/api/demo/00_demo_folders.ipynb #pictures
-endings = frozenset('.avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp'.split())
+endings = frozenset('.avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff '
+    '.webp'.split())
 
 def pictures_in(
     folder:Path, # A class
@@ -59,9 +60,11 @@ def check(
     "Refuse data without two classes, or with a class that has too few pictures"
     few = 'pictures that can be read' if lost else 'pictures'
     if not found.files: raise Refused(f"--data {folder} holds no {few}; it needs a folder of pictures for each class")
-    if len(found.vocab)<2: raise Refused(f"--data {folder} holds only one class, {found.vocab[0]!r}; it takes two to tell apart")
+    if len(found.vocab)<2:
+        raise Refused(f"--data {folder} holds only one class, {found.vocab[0]!r}; it takes two to tell apart")
     valid = found.valid or [False]*len(found.y)
-    if found.valid and not (any(valid) and not all(valid)): raise Refused(f"--data {folder}: one of its parts has no {few}")
+    if found.valid and not (any(valid) and not all(valid)):
+        raise Refused(f"--data {folder}: one of its parts has no {few}")
     for i,c in enumerate(found.vocab):
         n = sum(y==i and not v for y,v in zip(found.y, valid))
         if n>=(1 if found.valid else 2): continue
@@ -88,7 +91,8 @@ def _flat(folder):
     by_class = classes(folder, folder)
     beside = sum(o.suffix.lower() in endings for o in _shown(folder))
     if beside and not any(by_class.values()):
-        raise Refused(f"--data {folder} holds pictures but no class folders; put those of each class into a folder of their own")
+        raise Refused(f"--data {folder} holds pictures but no class folders; "
+            "put those of each class into a folder of their own")
     said = [f"passed over beside the class folders: {beside} picture{'s'*(beside>1)}"]*bool(beside)
     return _found(by_class, None, said)
 
@@ -96,8 +100,9 @@ def _parts(folder, tops, held):
     train,valid = (classes(o, folder) for o in (tops['train'], held))
     for part,found in (tops['train'], train), (held, valid):
         if any(found.values()): continue
+        other = held if part!=held else tops['train']
         raise Refused(f"--data {folder}: {part.name}/ has no class folders with pictures; "
-            f"to hold back a fifth of the other part instead, name that: --data {held if part!=held else tops['train']}")
+            f"to hold back a fifth of the other part instead, name that: --data {other}")
     said = [f"recognised: {tops['train'].name}/ to train, {held.name}/ to validate"]
     rest = [o.name+'/' for o in tops.values() if o not in (tops['train'], held)]
     if rest: said.append(f"passed over beside them: {first(rest)}")
@@ -108,7 +113,8 @@ def _parts(folder, tops, held):
 def _found(train, valid, said):
     empty,vocab = [c for c,fs in train.items() if not fs],[c for c,fs in train.items() if fs]
     if empty and vocab: said = [*said, f"passed over, for they hold no pictures: {first(empty)}"]
-    rows = [(f, i, v) for v,part in ((False, train), (True, valid or {})) for i,c in enumerate(vocab) for f in part.get(c, [])]
+    parts = (False, train), (True, valid or {})
+    rows = [(f, i, v) for v,part in parts for i,c in enumerate(vocab) for f in part.get(c, [])]
     files,y,held = map(list, zip(*rows)) if rows else ([], [], [])
     return Found(files, y, None if valid is None else held, vocab, said)
 

@@ -54,7 +54,7 @@ def rgb(
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 def _eight_bits(im):
-    "Whole numbers are 16 bits, floats in 0 to 1, 255 or 65535, whichever is the first that they fit in; others from 0 to the largest"
+    "Whole numbers are 16 bits; floats are in 0 to 1, 255 or 65535, the first that fits, or from 0 to the largest"
     a = np.nan_to_num(np.asarray(im).astype('float32')).clip(0)
     tops = (1, 255, 65535) if im.mode=='F' else (65535,)
     top = next((o for o in tops if a.max(initial=0)<=o), a.max(initial=1))
@@ -88,7 +88,8 @@ def read_all(
     seconds = (perf_counter()-began)/SAMPLE*len(rest)
     if seconds>5: say(f"reading {len(files):,} pictures: about {math.ceil(seconds/workers)} s")
     if workers==1 or seconds<PATIENCE: return done + [one(o) for o in rest]
-    with ProcessPoolExecutor(workers, initializer=_leave_ctrl_c) as pool: return [*chain(done, pool.map(one, rest, chunksize=SAMPLE))]
+    with ProcessPoolExecutor(workers, initializer=_leave_ctrl_c) as pool:
+        return [*chain(done, pool.map(one, rest, chunksize=SAMPLE))]
 
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 def _leave_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process that stops

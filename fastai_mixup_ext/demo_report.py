@@ -46,7 +46,8 @@ def cost(c:Comparison)->str:
     ms = milliseconds(c)
     base = ms.get(c.baseline)
     more = [f'{o} {ms[o]-base:+.1f}'.replace('-', '−') for o in c.effects if o in ms]
-    return f"A training step takes {base:.1f} ms without mixing; with it, in milliseconds: {', '.join(more)}." if more else ''
+    if not more: return ''
+    return f"A training step takes {base:.1f} ms without mixing; with it, in milliseconds: {', '.join(more)}."
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #results
 def write_results(
@@ -57,7 +58,8 @@ def write_results(
     with open(file, 'w', newline='', encoding='utf-8') as f:
         out = csv.writer(f, lineterminator='\n')
         out.writerow(['candidate', 'seed', 'accuracy', 'loss', 'seconds', 'cost'])
-        for r in c.runs: out.writerow([r.name, r.seed, r.value('accuracy'), r.value('loss'), r.seconds, c.costs.get(r.name)])
+        for r in c.runs:
+            out.writerow([r.name, r.seed, r.value('accuracy'), r.value('loss'), r.seconds, c.costs.get(r.name)])
 
 def read_results(
     file:Path # From `write_results`
@@ -128,9 +130,11 @@ _css = """:root {color-scheme: light dark} * {box-sizing: border-box}
 body {font: 16px/1.55 system-ui, sans-serif; margin: 0; padding: 1rem}
 main {max-width: 56rem; margin: auto; overflow-wrap: break-word}
 h1 {font-size: 1.5rem; margin: .5rem 0} h2 {font-size: 1.2rem; margin: 2rem 0 .5rem} strong {font-size: 1.1rem}
-table {border-collapse: collapse; width: 100%; font-size: .9rem} th, td {text-align: left; padding: .35rem .6rem .35rem 0}
+table {border-collapse: collapse; width: 100%; font-size: .9rem}
+th, td {text-align: left; padding: .35rem .6rem .35rem 0}
 th, td {border-bottom: 1px solid #8886}
-.row {display: flex; margin: 1.5rem 0; flex-wrap: wrap; gap: 1rem} figure {margin: 0} .row figure {flex: 1 1 20rem; min-width: 0}
+.row {display: flex; margin: 1.5rem 0; flex-wrap: wrap; gap: 1rem}
+figure {margin: 0} .row figure {flex: 1 1 20rem; min-width: 0}
 .mixed {display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: 1rem}
 .mixed img {width: 100%}
 img {max-width: 100%; display: block} figcaption {font-size: .9rem}
@@ -155,12 +159,12 @@ def _plot(file, caption): return Fig(Figcaption(caption), Img(src=_src(file.read
 def _mixed(pics): return Div(*(Fig(Img(src=_src(_png(o)), alt=said), Figcaption(said)) for o,said in pics), cls='mixed')
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #report
-WHAT = """Mixup trains a model on weighted averages of two pictures, and asks it for the same weighted average of their two labels; CutMix
-pastes a box from the one picture into the other, and the labels count as the areas do.
+WHAT = """Mixup trains a model on weighted averages of two pictures, and asks it for the same weighted average of their
+two labels; CutMix pastes a box from the one picture into the other, and the labels count as the areas do.
 So no picture, and no wrong label, can be learned by heart, for the model never sees it twice in the same form."""
 
-READ = """In brackets: the 95 % interval. A method is compared with plain training seed by seed; the verdict allows for several
-methods being tried (Holm). What it costs is time per training step."""
+READ = """In brackets: the 95 % interval. A method is compared with plain training seed by seed; the verdict allows for
+several methods being tried (Holm). What it costs is time per training step."""
 
 SNIPPET = """from fastai_mixup_ext import {0}
 
@@ -180,16 +184,20 @@ def report(
     "The report"
     captions = dict(forest=f'{c.metric}: difference to {c.baseline}, with its 95 % interval',
         curves=f'{c.metric} in validation after each epoch')
-    body = [H1('Does mixing help here?'), P(WHAT), P(Strong(f'{c.conclusion}.')), *map(P, [*notes, READ]), H2('What the model sees'),
-        *(o for k,v in mixed.items() for o in (P(f'A batch with {k}:'), _mixed(v))), H2('What came out'), page_table(table(c)),
-        Div(*(_plot(f, captions[o]) for o,f in plots.items()), cls='row'), *map(P, c.remarks), H2('What it costs'), P(cost(c)),
-        H2('What to do next'), *_next(c.best), H2('How this was made'), Dl(*(o for k,v in settings.items() for o in (Dt(k), Dd(str(v)))))]
+    body = [H1('Does mixing help here?'), P(WHAT), P(Strong(f'{c.conclusion}.')), *map(P, [*notes, READ]),
+        H2('What the model sees'), *(o for k,v in mixed.items() for o in (P(f'A batch with {k}:'), _mixed(v))),
+        H2('What came out'), page_table(table(c)),
+        Div(*(_plot(f, captions[o]) for o,f in plots.items()), cls='row'), *map(P, c.remarks),
+        H2('What it costs'), P(cost(c)), H2('What to do next'), *_next(c.best),
+        H2('How this was made'), Dl(*(o for k,v in settings.items() for o in (Dt(k), Dd(str(v)))))]
     metas = Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1')
-    return '<!doctype html>\n' + to_xml(Html(Head(*metas, Title('mixup-demo'), Style(_css)), Body(Main(*body)), lang='en'))
+    head = Head(*metas, Title('mixup-demo'), Style(_css))
+    return '<!doctype html>\n' + to_xml(Html(head, Body(Main(*body)), lang='en'))
 
 def _next(best):
     snippet = SNIPPET.format(best if best=='CutMixCallback' else 'MixUpCallback')
-    return [P('In a training of your own, one line changes; the learner itself can say whether it pays:'), Pre(Code(snippet)),
+    return [P('In a training of your own, one line changes; the learner itself can say whether it pays:'),
+        Pre(Code(snippet)),
         P('With your own pictures, a folder for each class:'), Pre(Code('mixup-demo --data my_pictures --epochs 20')),
         P('All methods, tutorials and what was measured: ', A(SITE, href=SITE))]
 

@@ -86,16 +86,18 @@ class Setting:
         pics,rng = self.pics,np.random.default_rng(seed)
         rows,x = split(pics, rng),torch.from_numpy(pics.x)
         ys = with_noise(pics.y, rows[0], self.noise, rng),pics.y
-        dls = [Batches(Part(x, torch.from_numpy(y), r, pics.vocab), bs=min(self.bs, len(rows[0])), shuffle=not i, drop_last=not i,
-            num_workers=0, after_batch=IntToFloatTensor()) for i,(r,y) in enumerate(zip(rows, ys))]
-        learn = Learner(DataLoaders(*dls, device=self.device), convnet(len(pics.vocab)), CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+        shared = dict(bs=min(self.bs, len(rows[0])), num_workers=0, after_batch=IntToFloatTensor())
+        dls = [Batches(Part(x, torch.from_numpy(y), r, pics.vocab), shuffle=not i, drop_last=not i, **shared)
+            for i,(r,y) in enumerate(zip(rows, ys))]
+        learn = Learner(DataLoaders(*dls, device=self.device), convnet(len(pics.vocab)), CrossEntropyLossFlat(),
+            metrics=accuracy, lr=1e-2)
         if not sys.stdout.isatty(): learn.remove_cb(ProgressCallback)  # a file gets a line for each run, and no bar
         return learn
 
 def convnet(n_out:int)->nn.Module:
     "Four convolutions, for pictures of any size"
-    return nn.Sequential(ConvLayer(3,16), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), ConvLayer(64,128,stride=2),
-        nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128,n_out))
+    return nn.Sequential(ConvLayer(3,16), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2),
+        ConvLayer(64,128,stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128,n_out))
 
 # %% ../nbs/api/demo/02_demo_runs.ipynb #device
 def pick_device(
@@ -125,7 +127,8 @@ def candidates(
     alpha:float # Of both mixups: shares are drawn from Beta(alpha, alpha)
 )->dict: # Name → callback
     "Plain training and three ways to mix"
-    return {'none': None, "fastai's MixUp": MixUp(alpha), 'MixUpCallback': MixUpCallback(alpha), 'CutMixCallback': CutMixCallback()}
+    ours = {'MixUpCallback': MixUpCallback(alpha), 'CutMixCallback': CutMixCallback()}
+    return {'none': None, "fastai's MixUp": MixUp(alpha), **ours}
 
 # %% ../nbs/api/demo/02_demo_runs.ipynb #agree
 class _FirstLosses(Callback):
@@ -155,5 +158,5 @@ def agreement(
     gap,n = float(np.abs(np.subtract(theirs, ours)).max()),len(ours)
     if gap<1e-4: return (f"MixUpCallback agrees with fastai's MixUp: from one seed, the losses of the first {n} steps "
         f"({', '.join(f'{o:.3f}' for o in ours[:3])}, …) differ by {gap:.7f} at most.")
-    return (f"MixUpCallback and fastai's MixUp: from one seed, the losses of the first {n} steps differ by up to {gap:.1g}. "
-        "On an accelerator ours draws there, so they agree on average only.")
+    return (f"MixUpCallback and fastai's MixUp: from one seed, the losses of the first {n} steps differ by up to "
+        f"{gap:.1g}. On an accelerator ours draws there, so they agree on average only.")

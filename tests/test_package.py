@@ -62,6 +62,12 @@ def test_imports_go_one_way(layer, module):
     assert {o for o in imports(module) if o.startswith('.')} <= below
 
 @pytest.mark.parametrize('module', layers)
+def test_no_line_is_wider_than_120(module):
+    "But for the list of names that nbdev writes"
+    lines = (package/f'{module}.py').read_text().splitlines()
+    assert not [o for o in lines if len(o)>120 and not o.startswith('__all__')]
+
+@pytest.mark.parametrize('module', layers)
 def test_imports_only_the_dependencies(module):
     dists = {'torch'} if module=='mix' else names([*project['dependencies'], *requires('fastai'), 'numpy'])
     tops = {o.split('.')[0] for o in imports(module) if not o.startswith('.')} - sys.stdlib_module_names
