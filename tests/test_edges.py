@@ -10,7 +10,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from common import covering
+from common import covering, named
 from fastai_mixup_ext import (Mix, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
     mixup, pairing, remix, resizemix, until, within_class)
 from fastai_mixup_ext.losses import is_by_row
@@ -39,7 +39,7 @@ def test_the_first_of_two_targets_counts():
     near = by_target_distance(.1)(x, (first.float(), second.float()), gen())
     assert (first[near]==first).all()
 
-@pytest.mark.parametrize('counts', [[5,-1], [5.,-.5], [0,0], [2**70,1], [[1,2]], [1.,torch.inf], ['a']], ids=str)
+@pytest.mark.parametrize('counts', [[5,-1], [5.,-.5], [0,0], [2**70,1], [[1,2]], [1.,torch.inf], ['a'], [object()], {0: 5}], ids=named)
 def test_counts_are_numbers_from_zero_on(counts):
     for make in (balanced, partial(remix, mixup())):
         with pytest.raises((TypeError, ValueError), match='counts'): make(counts)
