@@ -6,12 +6,13 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from common import covering, named
-from fastai_mixup_ext import (Mix, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
+from common import BS, covering, make_learner, named
+from fastai_mixup_ext import (Mix, MixUpCallback, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
     mixup, pairing, remix, resizemix, until, within_class)
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
@@ -85,6 +86,22 @@ def test_fastais_smoothing_counts_rows_that_torch_ignores(reduction):
     assert_close(mixed_loss(f, pred, y, whole), f(pred, y))
     total = LabelSmoothingCrossEntropy(reduction='sum')
     assert_close(mixed_loss(total, pred, y, even), .7*total(pred, y)+.3*total(pred, y[even.partner]))
+
+
+def test_a_mix_set_after_the_prediction_is_what_the_loss_goes_by():
+    seen = []
+    class Mine(Callback):
+        order,run_valid = 50,False
+        def after_pred(self):
+            self.learn.mix_up.mix = Mix(torch.arange(BS).roll(1), torch.full((BS,), .6))
+            self.y = self.learn.mix_up.sources[0][0][0]
+        def after_loss(self):
+            p = self.learn.pred
+            want = .6*F.cross_entropy(p, self.y) + .4*F.cross_entropy(p, self.y.roll(1))
+            seen.append((self.learn.loss.detach(), want.detach()))
+    make_learner('labels', [MixUpCallback(), Mine()]).fit(1)
+    assert len(seen)==2
+    for got,want in seen: assert_close(got, want)
 
 
 # ---- values
