@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',
     'mix': 'Mix blend', 'embeddings': 'mix_input', 'losses': 'mixed_loss by_row',
-    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'spans': 'spans',
+    'recipes': 'Batch Recipe mixup cutmix fmix resizemix one_of per_batch', 'spans': 'spanmix',
     'unbalanced': 'remix class_counts', 'regmix': 'regmixup', 'schedules': 'until without_hesitation',
     'pairing': 'shuffled deranged within_class across_class by_target_distance balanced', 'places': 'find_places',
     'metrics': 'mixed_accuracy', 'compare': 'Comparison', 'find': 'compare_fits'}
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .recipes import resizemix as resizemix
     from .recipes import one_of as one_of
     from .recipes import per_batch as per_batch
-    from .spans import spans as spans
+    from .spans import spanmix as spanmix
     from .places import find_places as find_places
     from .schedules import until as until
     from .schedules import without_hesitation as without_hesitation

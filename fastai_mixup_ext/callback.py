@@ -337,7 +337,7 @@ def _check_pad(mix, model):
     "Padding that is pasted over words would mislead fastai's encoder of texts"
     pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
     if getattr(mix, 'pad', None)!=pad:
-        raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spans(pad={pad})")
+        raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spanmix(pad={pad})")
 
 def _sorts_by_length(model):
     "Does it hold fastai's encoder of texts, which counts on rows sorted by length?"

@@ -205,7 +205,7 @@ def _error(self:Comparison, name):
 
 @patch(as_prop=True)
 def memorises(self:Comparison)->bool:
-    "Is the baseline's validation loss at least `MEMORISES` times its training loss, and is there room for fewer errors?"
+    "Is the baseline's validation loss at least `MEMORISES` times its training loss, with room for fewer errors?"
     if self.gap is None or not self.gap[1]>0 or self.gap[1]<MEMORISES*self.gap[0]: return False
     return not self.counts_errors or self._error(self.baseline)>=500*WORTH
 
@@ -227,7 +227,8 @@ def _interval(self:Comparison, name):
     if self.counts_errors: unit = min(unit, .1)
     size,now,before = (_number(o, unit) for o in (times*abs(e.mean), self._error(name), self._error(self.baseline)))
     bracket = '' if math.isnan(low) else f' [{_number(low, unit)}, {_number(high, unit)}]'
-    if not self.counts_errors: return f"{self.metric} {now} instead of {before}: {size} {'higher' if e.mean>0 else 'lower'}{bracket}"
+    if not self.counts_errors:
+        return f"{self.metric} {now} instead of {before}: {size} {'higher' if e.mean>0 else 'lower'}{bracket}"
     return f"error {now} % instead of {before} %: {size} points {'less' if self.gain(name)>0 else 'more'}{bracket}"
 
 @patch
@@ -303,7 +304,9 @@ def _measures(self:Comparison):
     return [self.metric] + ['loss']*(self.metric!='loss' and any('loss' in r.curves for r in self.runs))
 
 def _signed(v): return f"{'-' if v<0 else '+'}{_digits(abs(v))}"
-def _mean_sd(mean, sd): return '' if math.isnan(mean) else _digits(mean, 4) + ('' if math.isnan(sd) else f' ± {_digits(sd)}')
+def _mean_sd(mean, sd):
+    if math.isnan(mean): return ''
+    return _digits(mean, 4) + ('' if math.isnan(sd) else f' ± {_digits(sd)}')
 
 @patch(as_prop=True)
 def shown(self:Comparison)->pd.DataFrame:
@@ -333,9 +336,11 @@ def remarks(self:Comparison)->list:
     size = self.detectable
     if self.counts_errors and size>=1:
         out.append(f'{self.seeds} seeds show no difference in errors, however large: their noise is too large.')
-    elif size>=0: out.append(f'{self.seeds} seeds show a true difference of {self._size(size)} or more with a chance of 80 %.')
+    elif size>=0:
+        out.append(f'{self.seeds} seeds show a true difference of {self._size(size)} or more with a chance of 80 %.')
     wild = [o for o,e in self.effects.items() if math.isfinite(e.sd) and o not in self.steady]
-    if wild: out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
+    if wild:
+        out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
     if self.gap:
         losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'
         out.append(f'{self.baseline}: {losses}, both in eval mode and unmixed.')

@@ -10,6 +10,7 @@ __all__ = ['STOPPED', 'leave', 'leaving_at_once', 'main']
 # %% ../nbs/api/demo/00_demo_start.ipynb #imports
 import os, signal, sys, warnings
 from contextlib import contextmanager
+from importlib import import_module
 
 # %% ../nbs/api/demo/00_demo_start.ipynb #leaving
 STOPPED = 'mixup-demo: stopped; nothing is written'
@@ -36,8 +37,8 @@ def leaving_at_once():
 
 # %% ../nbs/api/demo/00_demo_start.ipynb #main
 def main()->int: # The program's exit status
-    "What `mixup-demo` runs: `demo.main` from its first import on"
+    "What `mixup-demo` runs: `demo.main`, from its first import on"
     try:
-        with leaving_at_once(): from fastai_mixup_ext.demo import main
-        return main()
+        with leaving_at_once(): demo = import_module('fastai_mixup_ext.demo')  # by name, for it stands on this module
+        return demo.main()
     except KeyboardInterrupt: leave()

@@ -391,7 +391,7 @@ def _first_tensor(trials):
 
 @patch
 def mix_find(self:Learner,
-    epochs:int|Callable, # Of each run: half or more of what you will train for, a fifth tells little; or learner → trains it
+    epochs:int|Callable, # Of each run: at least half of what you will train for; or a function that trains a learner
     candidates:Sequence|Mapping|None=None, # As in `compare_fits`; None: `default_candidates`
     seeds:int|Sequence=3, # How many, or which; two at least for an interval
     lower_is_better:bool|None=None # Of the learner's first metric, which decides; needed if it is none of fastai's

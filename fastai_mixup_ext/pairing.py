@@ -25,7 +25,8 @@ def shuffled(
     generator:Generator|None=None # On `x`'s device; None: torch's global generator
 )->Tensor: # (n,) int64, a permutation
     "A random permutation of the rows: the paper's pairing"
-    if x.device.type=='cpu' and not torch.compiler.is_compiling(): return torch.randperm(x.shape[0], device=x.device, generator=generator)
+    if x.device.type=='cpu' and not torch.compiler.is_compiling():
+        return torch.randperm(x.shape[0], device=x.device, generator=generator)
     return uniform((len(x),), x.device, generator).argsort()
 
 def uniform(
@@ -33,7 +34,7 @@ def uniform(
     device:torch.device|str, # A device, such as `cpu` or `cuda:0`
     generator:Generator|None=None # On `device`; None: torch's global generator
 )->Tensor: # float32
-    "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` it can't be compiled for batches of any size"
+    "Uniform numbers in [0,1). `torch.rand` draws the same, but with a `generator` can't be compiled for any batch size"
     return torch.empty(size, device=device, dtype=torch.float32).uniform_(generator=generator)
 
 # %% ../nbs/api/02_pairing.ipynb #deranged
@@ -111,7 +112,9 @@ class by_target_distance:
     )->Tensor: # (n,) int64; a row may be the partner of several
         "Draw the partners"
         found = _targets(x, yb, Tensor.is_floating_point)
-        if not found: raise ValueError("by_target_distance needs a floating target: it is for regression. Use within_class for labels")
+        if not found:
+            raise ValueError("by_target_distance needs a floating target: it is for regression. "
+                "Use within_class for labels")
         if not len(x): return shuffled(x)
         y = found[0].reshape(len(x), -1)
         if y.dtype!=torch.float64: y = y.float()
@@ -125,11 +128,13 @@ class Counts:
     def __init__(self,
         counts:Tensor|Sequence # (classes,) numbers >= 0, not all 0
     ):
-        try: values = (counts.detach() if isinstance(counts, Tensor) else torch.tensor(counts)).to('cpu', torch.float32, copy=True)
+        try:
+            values = counts.detach() if isinstance(counts, Tensor) else torch.tensor(counts)
+            values = values.to('cpu', torch.float32, copy=True)
         except (TypeError, ValueError, RuntimeError): values = torch.empty(0, 0)
         if values.dim()!=1 or not (values>=0).all() or not 0<values.sum()<torch.inf:
-            raise ValueError(f"counts={reprlib.repr(counts)} must be a 1-D tensor or a sequence that has for each class "
-                "the number of its training rows; class_counts(dls) counts them")
+            raise ValueError(f"counts={reprlib.repr(counts)} must be a 1-D tensor or a sequence that has for each "
+                "class the number of its training rows; class_counts(dls) counts them")
         self.values,self._copies = values,{}
 
     def on(self, device:torch.device)->Tensor: # (classes,) float32

@@ -71,7 +71,7 @@ class Batch:
         "The sizes of the axes behind the channels; a ValueError that names the recipe, if there are none"
         if self.x.dim()>2 and 0 not in self.x.shape[2:]: return self.x.shape[2:]
         raise ValueError(f"{name} needs positions behind the channels, such as (n,c,h,w), "
-            f"but x has shape {tuple(self.x.shape)}; use mixup for it")
+            f"but x has shape {tuple(self.x.shape)}; use mixup for it, or spanmix if it holds token ids")
 
 # %% ../nbs/api/04_recipes.ipynb #recipe
 class Recipe:

@@ -18,7 +18,7 @@ __all__ = ['regmixup']
 # %% ../nbs/api/04_regmix.ipynb #regmixup
 @dataclass(frozen=True)
 class regmixup(Recipe):
-    "A random half of the rows stays clean, the others are mixed, lam near 1/2 ([paper](https://arxiv.org/abs/2206.14502))"
+    "Half of the rows stays clean, the others are mixed, lam near 1/2 ([paper](https://arxiv.org/abs/2206.14502))"
     alpha:float|Callable=20. # >= 0, or a function of the fraction of training done; 0: off
 
     def __post_init__(self): check_value('alpha', self.alpha)

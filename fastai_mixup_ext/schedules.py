@@ -22,7 +22,8 @@ def check_value(
 ):
     "`value`, if it is a number from 0 to `high` or a function; else an error that names it, the rule and the remedy"
     rule = "a finite number >= 0" if high==inf else f"a number from 0 to {high:g}"
-    rule = f"{name}={value!r} must be {rule}, or a function of the fraction of training done; {name}=0 switches mixing off"
+    rule = (f"{name}={value!r} must be {rule}, or a function of the fraction of training done; "
+        f"{name}=0 switches mixing off")
     if callable(value): return value
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(rule)
     if not 0<=value<=high or value==inf: raise ValueError(rule)
@@ -52,12 +53,13 @@ class until:
         check_value('frac', self.frac, 1.)
         check_value('value', self.value)
 
-    def __call__(self, progress:float)->float: return value_at('value', self.value, progress) if progress<self.frac else 0.
+    def __call__(self, progress:float)->float:
+        return value_at('value', self.value, progress) if progress<self.frac else 0.
 
 # %% ../nbs/api/03_schedules.ipynb #hesitation
 @dataclass(frozen=True)
 class without_hesitation:
-    "A schedule for `p`: all batches mixed, then one of two, then fewer and fewer ([paper](https://arxiv.org/abs/2101.04342))"
+    "A schedule for `p`: every batch mixed, then one of two, then ever fewer ([paper](https://arxiv.org/abs/2101.04342))"
     half:float=.6 # Fraction of training from which one batch of two is mixed
     fade:float=.9 # Fraction from which `p` falls from 1 to 0, which it reaches at the end; >= `half`
 

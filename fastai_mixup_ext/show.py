@@ -41,11 +41,12 @@ def _generators(o):
     "How to read and write the state of each generator that a data loader draws from: its own, and its sampler's"
     a = vars(o)
     found = [a.get('rng'), a.get('generator'), getattr(a.get('sampler'), 'generator', None)]
-    return [(r.get_state, r.set_state) if isinstance(r, torch.Generator) else (r.getstate, r.setstate) for r in found if r is not None]
+    names = [('get_state', 'set_state') if isinstance(r, torch.Generator) else ('getstate', 'setstate') for r in found]
+    return [(getattr(r, get), getattr(r, put)) for r,(get,put) in zip(found, names) if r is not None]
 
 # %% ../nbs/api/12_show.ipynb #batch
 def _mixed_batch(learn, cb):
-    "Number of inputs; a batch of the training set; its partners; the batch with mixed inputs; targets, if blended or pasted; the mix"
+    "Number of inputs, a training batch, its partners, the batch with mixed inputs, targets that are mixed, the mix"
     dl,state = learn.dls.train,cb.state_dict()
     with _untouched(learn, dl, cb):
         learn._split(learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))))
@@ -54,8 +55,8 @@ def _mixed_batch(learn, cb):
         finally: cb.load_state_dict(state)
         mixed = (*(mix_input(x, mix) for x in xb), *yb)
         sources = mix.sources(as_numbers(learn.loss_func, yb))
-    own = (*xb, *yb)
-    return len(xb), own, tuple(_take(o, mix.partner) for o in own), mixed, sources[0][0] if yb and len(sources)==1 else None, mix
+    own,targets = (*xb, *yb),sources[0][0] if yb and len(sources)==1 else None
+    return len(xb), own, tuple(_take(o, mix.partner) for o in own), mixed, targets, mix
 
 def _take(o, rows):
     if isinstance(o, Tensor): return o[rows]
@@ -108,7 +109,8 @@ def _table(own, other, lams, n_inp):
     import pandas as pd
     rows = [o.astype(object).values.tolist() if isinstance(o, pd.DataFrame) else o for o in (own, other)]
     df = pd.DataFrame([[_both(lam, x, y) for x,y in zip(a, b)] for a,b,lam in zip(*rows, lams)])
-    df.columns = own.columns if isinstance(own, pd.DataFrame) else [*_numbered('input', n_inp), *_numbered('target', df.shape[1]-n_inp)]
+    named = [*_numbered('input', n_inp), *_numbered('target', df.shape[1]-n_inp)]
+    df.columns = own.columns if isinstance(own, pd.DataFrame) else named
     display_df(df)
     return df
 
@@ -121,7 +123,8 @@ def show_mixed_batch(self:Learner,
 ): # The axes; for anything but pictures, the table
     "Show a training batch as the learner's mixing callback mixes it"
     cb = next((cb for cb in self.cbs if isinstance(cb, MixCallback)), None)
-    if cb is None: raise ValueError("this learner mixes nothing; give it a callback that does: learn.add_cb(MixUpCallback())")
+    if cb is None:
+        raise ValueError("this learner mixes nothing; give it a callback that does: learn.add_cb(MixUpCallback())")
     n_inp,own,other,mixed,targets,mix = _mixed_batch(self, cb)
     n,dl,lams = min(max_n, len(mix)),self.dls.train,mix.lam.tolist()
     own,other = _decode(dl, own, n),_decode(dl, other, n)

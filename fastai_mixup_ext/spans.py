@@ -17,7 +17,7 @@ from .schedules import check_value, value_at
 from .tensors import is_number, plain
 
 # %% auto #0
-__all__ = ['SpanMix', 'spans']
+__all__ = ['SpanMix', 'spanmix']
 
 # %% ../nbs/api/04_spans.ipynb #span-mix
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class SpanMix(Mix):
 
 # %% ../nbs/api/04_spans.ipynb #spans
 @dataclass(frozen=True)
-class spans(Recipe):
+class spanmix(Recipe):
     "A span of the partner's tokens, 1-B of those that both have, B ~ Beta(alpha, alpha); for ids (n,T)"
     alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
     pad:int|None=None # The padding's id; None: every position counts as a word
@@ -57,5 +57,5 @@ def _checked_ids(x):
     "`x`, if it holds ids (n,T)"
     x = plain(x)
     if x.dim()==2 and not is_number(x) and x.dtype!=torch.bool: return x
-    raise ValueError(f"spans needs token ids, integers of shape (n,T), but x is {x.dtype} of shape {tuple(x.shape)}; "
+    raise ValueError(f"spanmix needs token ids, integers of shape (n,T), but x is {x.dtype} of shape {tuple(x.shape)}; "
         "use cutmix for values with positions, mixup for other numbers")

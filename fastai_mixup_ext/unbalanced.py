@@ -26,7 +26,7 @@ class RareMix(Mix):
 
 @dataclass(frozen=True)
 class remix(Recipe):
-    "Values mixed by `recipe`; the rarer class gets the whole label where the other is `kappa` times as common, below `tau`"
+    "Mixed by `recipe`; where one class is `kappa` times as common and has less than `tau`, the rarer gets the label"
     recipe:Recipe # Any recipe that draws a plain `Mix`
     counts:Tensor|Sequence # (classes,) training rows of each class, e.g. `class_counts(dls)`
     kappa:float=3. # >= 1: how many times as common the other class is

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_mixup_ext import (MixCallback, Recipe, balanced, class_counts, cutmix, deranged, fmix, mixup, one_of, per_batch,
-    regmixup, remix, resizemix, shuffled, spans, until, without_hesitation)
+    regmixup, remix, resizemix, shuffled, spanmix, until, without_hesitation)
 
 C,BS,N = 3,8,24
 y = (torch.arange(N)**2//40).clamp(max=C-1)  # unequal classes
@@ -93,9 +93,9 @@ cases = {  # name: (data, function from alpha and a wrapper to a recipe; the wra
     'remix': (pictures, lambda alpha, wrap: remix(wrap(mixup(alpha)), counts)),
     'remix of cutmix': (pictures, lambda alpha, wrap: remix(wrap(cutmix(alpha)), counts, kappa=1.5, tau=.8)),
     'mixup of words': (words, lambda alpha, wrap: wrap(mixup(alpha))),
-    'spans': (words, lambda alpha, wrap: wrap(spans(alpha))),
-    'spans beside padding': (padded, lambda alpha, wrap: wrap(spans(alpha, pad=3))),
-    'remix of spans': (words, lambda alpha, wrap: remix(wrap(spans(alpha)), counts)),
+    'spans': (words, lambda alpha, wrap: wrap(spanmix(alpha))),
+    'spans beside padding': (padded, lambda alpha, wrap: wrap(spanmix(alpha, pad=3))),
+    'remix of spans': (words, lambda alpha, wrap: remix(wrap(spanmix(alpha)), counts)),
 }
 
 def alone(recipe): return recipe

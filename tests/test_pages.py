@@ -51,6 +51,14 @@ def test_a_name_of_two_modules():
     from fastai_mixup_ext import demo_folders, tensors
     for o in tensors.first, demo_folders.first: assert reference.from_package(o) is o
 
+def test_inherited_fields_are_described():
+    from fastai_mixup_ext.mix import Mix
+    from fastai_mixup_ext.spans import SpanMix
+    rows = reference.described(Mix, reference.parameters(Mix)).splitlines()[2:]
+    inherited = reference.described(SpanMix, reference.parameters(SpanMix)).splitlines()[2:]
+    words = [o.split('|')[-2] for o in rows]
+    assert [o.split('|')[-2] for o in inherited[:len(rows)]]==words and all(map(str.strip, words))
+
 def test_types_are_text():
     assert reference.type_name(ForwardRef('Tensor | None'))=='`Tensor | None`'
 

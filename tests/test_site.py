@@ -97,7 +97,7 @@ facts = """() => {
             .concat(prose.textContent.match(/\\\\[(\\[]|\\$\\$|^#\\|.*/gm) ?? []),
     }}"""
 
-cut = """() => [...document.querySelectorAll('main pre')].filter(o => o.scrollWidth > o.clientWidth)
+cut = """() => [...document.querySelectorAll('main pre:not(.diff)')].filter(o => o.scrollWidth > o.clientWidth)
     .map(o => o.textContent.trim().split('\\n')[0].slice(0, 60))"""
 
 @pytest.fixture(scope='session')

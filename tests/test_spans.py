@@ -12,7 +12,7 @@ from test_nosync import Reads, compiled, fresh
 from torch import nn
 
 from fastai_mixup_ext import (MixCallback, MixUpCallback, across_class, blend, cutmix, deranged, mixed_accuracy, mixed_loss, mixup, one_of,
-    shuffled, spans, until, within_class)
+    shuffled, spanmix, until, within_class)
 from fastai_mixup_ext.mix import Mix
 from common import torch_27
 
@@ -56,7 +56,7 @@ def test_what_a_loop_makes(side, seed, alpha, longest):
     x = texts(7, longest, side, seed)
     if seed%3==0: x[2] = 0  # a row of padding only
     for pad in 0, None:
-        mix,lam,centre = same_draws(spans(alpha, pad), x, seed)
+        mix,lam,centre = same_draws(spanmix(alpha, pad), x, seed)
         pasted,share = by_loop(x, mix.partner, lam, centre, pad)
         assert torch.equal(blend(x, mix), pasted) and mix.mask.shape==(7, 1, longest)
         close(mix.lam, share, 1e-6)
@@ -67,7 +67,7 @@ def test_padding_stays_where_it_was(side, seed):
     x = texts(9, 11, side, seed)
     x[4] = 0
     torch.manual_seed(seed)
-    mix = spans(pad=0)(x)
+    mix = spanmix(pad=0)(x)
     res = blend(x, mix)
     assert torch.equal(res==0, x==0)
     left = (mix.mask[:,0] & (x!=0)).sum(1).double()/(x!=0).sum(1).clamp(min=1)
@@ -78,7 +78,7 @@ def test_padding_stays_where_it_was(side, seed):
 def test_without_padding_it_is_cutmix(seed, longest):
     x = torch.randint(50, (6, longest))
     torch.manual_seed(seed)
-    a = spans(1.)(x)
+    a = spanmix(1.)(x)
     torch.manual_seed(seed)
     b = cutmix(1.)(x[:,None].float())
     assert torch.equal(a.partner, b.partner) and torch.equal(a.mask, b.mask)
@@ -87,20 +87,20 @@ def test_without_padding_it_is_cutmix(seed, longest):
 def test_every_share_is_as_likely():
     "With alpha=1 the length is uniform before the ends are cut off, so that the mean share is as on a series"
     torch.manual_seed(0)
-    shares = torch.cat([spans(pad=0)(torch.randint(1, 9, (400, 50))).lam for _ in range(5)])
+    shares = torch.cat([spanmix(pad=0)(torch.randint(1, 9, (400, 50))).lam for _ in range(5)])
     series = torch.cat([cutmix()(torch.zeros(400, 1, 50)).lam for _ in range(5)])
     assert abs(shares.mean()-series.mean())<.03
 
 def test_no_words():
     for x in torch.zeros(4, 5).long(), torch.zeros(4, 0).long():
-        mix = spans(pad=0)(x)
+        mix = spanmix(pad=0)(x)
         assert (mix.lam==1).all() and torch.equal(blend(x, mix), x)
 
 # Targets
 
 def test_targets_per_token_are_pasted_and_labels_are_not():
     x = texts()
-    mix = spans(pad=0)(x)
+    mix = spanmix(pad=0)(x)
     tags,label = x*2,torch.arange(8)
     ((got,),share), = mix.sources([tags])
     assert share==1 and torch.equal(got, blend(x, mix)*2)
@@ -115,7 +115,7 @@ def test_targets_per_token_are_pasted_and_labels_are_not():
 def test_loss(x, y):
     "Against sums in float64"
     ids,g = texts(),torch.Generator().manual_seed(3)
-    mix = spans(pad=0)(ids)
+    mix = spanmix(pad=0)(ids)
     if x=='tags':
         tags,pred = torch.randint(5, ids.shape, generator=g),torch.randn(8, 5, 12, generator=g)
         want = torch.stack([cross_entropy(pred[i,:,t].double(), tags[i if mix.mask[i,0,t] else mix.partner[i],t])
@@ -133,7 +133,7 @@ def test_loss(x, y):
 
 def pasted(x, mix): return torch.where(mix.mask[:,0], x, x[mix.partner])
 
-@pytest.mark.parametrize('recipe', [spans(pad=0), spans(), one_of(spans(pad=0), spans(.3, 0)), spans(until(.9), 0)], ids=repr)
+@pytest.mark.parametrize('recipe', [spanmix(pad=0), spanmix(), one_of(spanmix(pad=0), spanmix(.3, 0)), spanmix(until(.9), 0)], ids=repr)
 def test_a_transformer(recipe):
     ids = padded_ids(16)
     items = [(i, torch.tensor(k%3)) for k,i in enumerate(ids)]
@@ -149,7 +149,7 @@ class Inputs(Transformer):
 def test_an_attention_mask_goes_with_its_text(kind):
     ids = padded_ids(16)
     items = [(dict(input_ids=i, attention_mask=kind(i!=0)), torch.tensor(k%3)) for k,i in enumerate(ids)]
-    o, = steps(items, Inputs(), cb=MixCallback(spans(pad=0), seed=1), bs=16)
+    o, = steps(items, Inputs(), cb=MixCallback(spanmix(pad=0), seed=1), bs=16)
     assert torch.equal(o.xb[0]['attention_mask'], o.x[0]['attention_mask'])
     assert torch.equal(o.xb[0]['input_ids'], pasted(o.x[0]['input_ids'], o.mix))
 
@@ -164,20 +164,20 @@ def test_awd_lstm(seq_len):
     "Each pasted text is read as if it were alone: it is as long as it was, and in its place"
     learn,model = awd(seq_len),awd(seq_len).model.train()
     model.load_state_dict(learn.model.state_dict())
-    o,*_ = train(learn, MixCallback(spans(pad=1), seed=1))
+    o,*_ = train(learn, MixCallback(spanmix(pad=1), seed=1))
     assert torch.equal(o.xb[0], pasted(o.x[0], o.mix)) and torch.equal(o.xb[0]==1, o.x[0]==1) and (o.mix.lam<1).any()
     pooled = torch.stack([alone(model[0].module, row, row, 1., seq_len) for row in o.xb[0]])
     close(o.pred, model[1].layers(pooled))
     close(o.loss, paired(cross_entropy, o.pred, o.y, o.mix))
 
-@pytest.mark.parametrize('recipe', [spans(), spans(pad=0), one_of(spans(), spans(pad=0))], ids=repr)
+@pytest.mark.parametrize('recipe', [spanmix(), spanmix(pad=0), one_of(spanmix(), spanmix(pad=0))], ids=repr)
 def test_awd_lstm_needs_its_padding(recipe):
-    with pytest.raises(ValueError, match=r'spans\(pad=1\)'): awd(8).fit(1, cbs=MixCallback(recipe))
+    with pytest.raises(ValueError, match=r'spanmix\(pad=1\)'): awd(8).fit(1, cbs=MixCallback(recipe))
 
 def test_awd_lstm_switches():
     "mixup sorts the rows by length, spans leave them"
     learn = awd(8)
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=MixCallback(one_of(mixup(1.), spans(pad=1)), seed=3))
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=MixCallback(one_of(mixup(1.), spanmix(pad=1)), seed=3))
     assert torch.stack(learn.recorder.losses).isfinite().all()
 
 class Tagger(nn.Module):
@@ -189,7 +189,7 @@ class Tagger(nn.Module):
 def test_targets_per_token_in_a_learner(what):
     x = texts(16, 9)
     y = x%4 if what=='tags' else x.roll(-1, 1)%4
-    o, = steps(list(zip(x, y)), Tagger(), cb=MixCallback(spans(pad=0), seed=1), bs=16)
+    o, = steps(list(zip(x, y)), Tagger(), cb=MixCallback(spanmix(pad=0), seed=1), bs=16)
     assert torch.equal(o.xb[0], pasted(o.x[0], o.mix)) and torch.equal(o.yb[0], pasted(o.y[0], o.mix))
     want = torch.stack([cross_entropy(o.pred[i,t].double(), o.yb[0][i,t]) for i in range(16) for t in range(9)]).mean()
     close(o.loss, want)
@@ -200,7 +200,7 @@ def test_composes(pair, p):
     items = [(i, torch.tensor(k%3)) for k,i in enumerate(padded_ids(32))]
     model = Transformer()
     learn = Learner(loaders(items, bs=8), model, CrossEntropyLossFlat(), metrics=mixed_accuracy())
-    cb = MixCallback(one_of(mixup(.4), spans(pad=0), weights=[until(.5), 1]), pair=pair, p=p, at=[None], seed=2)
+    cb = MixCallback(one_of(mixup(.4), spanmix(pad=0), weights=[until(.5), 1]), pair=pair, p=p, at=[None], seed=2)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=cb)
     assert cb.mix is None
 
@@ -208,15 +208,15 @@ def test_a_loss_that_is_called_whole():
     "One share for the batch: a batch without padding can have it, texts of different length can't"
     def own(p, y): return F.cross_entropy(p, y)
     items = [(i, torch.tensor(k%3)) for k,i in enumerate(torch.randint(1, 20, (16, 6)))]
-    with pytest.warns(UserWarning, match='one lam'): o, = steps(items, Transformer(), own, MixCallback(spans(), seed=1), bs=16)
+    with pytest.warns(UserWarning, match='one lam'): o, = steps(items, Transformer(), own, MixCallback(spanmix(), seed=1), bs=16)
     assert (o.mix.lam==o.mix.lam[0]).all() and o.mix.mask.shape==(1,1,6)
     close(o.loss, paired(cross_entropy, o.pred, o.y, o.mix))
-    with pytest.raises(TypeError, match='by_row'), pytest.warns(UserWarning): steps(items, Transformer(), own, MixCallback(spans(pad=0)))
-    with pytest.raises(TypeError, match='plain mixes|positions'): one_of(spans(pad=0), spans(pad=0), per_row=True)(texts())
+    with pytest.raises(TypeError, match='by_row'), pytest.warns(UserWarning): steps(items, Transformer(), own, MixCallback(spanmix(pad=0)))
+    with pytest.raises(TypeError, match='plain mixes|positions'): one_of(spanmix(pad=0), spanmix(pad=0), per_row=True)(texts())
 
 # Nothing is waited for
 
-@pytest.mark.parametrize('recipe', [spans(), spans(pad=0), spans(1e-3, 0)], ids=repr)
+@pytest.mark.parametrize('recipe', [spanmix(), spanmix(pad=0), spanmix(1e-3, 0)], ids=repr)
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_nothing_is_read(recipe, device):
     x,y = torch.ones(8, 6, device=device).long(),torch.zeros(8, device=device).long()
@@ -231,7 +231,7 @@ def test_nothing_is_read(recipe, device):
 @torch_27
 def test_it_compiles_to_one_graph():
     def step(x, y, w):
-        mix = spans(pad=0)(x, y)
+        mix = spanmix(pad=0)(x, y)
         return mixed_loss(F.cross_entropy, w[blend(x, mix)].mean(1), y, mix)
     with fresh():
         f,counter = compiled(step)
@@ -240,7 +240,7 @@ def test_it_compiles_to_one_graph():
 
 def test_it_travels():
     "To a device, and with a batch"
-    mix = spans(pad=3)(texts())
+    mix = spanmix(pad=3)(texts())
     there = mix.to('meta')
     assert there.pad==3 and type(there) is type(mix) and there.mask.is_meta and len(there)==8
 
@@ -249,25 +249,25 @@ def test_it_travels():
 @pytest.mark.parametrize('x', [torch.rand(4, 5), torch.rand(4, 1, 5), torch.zeros(4).long(), torch.zeros(4, 2, 3).long(),
     torch.zeros(4, 5).bool()], ids=lambda o: f'{o.dtype} {tuple(o.shape)}')
 def test_only_ids_can_be_cut(x):
-    with pytest.raises(ValueError, match='spans needs token ids.*use cutmix.*mixup'): spans()(x)
+    with pytest.raises(ValueError, match='spanmix needs token ids.*use cutmix.*mixup'): spanmix()(x)
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_ids_of_any_dtype(dtype):
     x = texts().to(dtype)
-    mix = spans(pad=0)(x)
+    mix = spanmix(pad=0)(x)
     assert blend(x, mix).dtype==dtype and torch.equal(blend(x, mix)==0, x==0)
 
 @pytest.mark.parametrize('kw,error', [(dict(pad='<pad>'), TypeError), (dict(pad=1.), TypeError), (dict(pad=True), TypeError),
     (dict(alpha=-1), ValueError), (dict(alpha='1'), TypeError)], ids=str)
 def test_bad_arguments(kw, error):
-    with pytest.raises(error, match=f'{next(iter(kw))}='): spans(**kw)
+    with pytest.raises(error, match=f'{next(iter(kw))}='): spanmix(**kw)
 
 def test_by_value():
-    assert spans(1., 0)==spans(pad=0) and spans(pad=0)!=spans() and hash(spans())==hash(spans(1.))
-    assert repr(spans(pad=0))=='spans(alpha=1.0, pad=0)' and not spans(0).active(0.) and type(spans()(texts())) is Mix
-    assert (spans(0)(texts()).lam==1).all()
+    assert spanmix(1., 0)==spanmix(pad=0) and spanmix(pad=0)!=spanmix() and hash(spanmix())==hash(spanmix(1.))
+    assert repr(spanmix(pad=0))=='spanmix(alpha=1.0, pad=0)' and not spanmix(0).active(0.) and type(spanmix()(texts())) is Mix
+    assert (spanmix(0)(texts()).lam==1).all()
 
 def test_at_a_place_is_refused():
     learn = Learner(loaders([(i, torch.tensor(0)) for i in padded_ids(8)], bs=8), Transformer(), CrossEntropyLossFlat())
-    with pytest.raises(ValueError, match='spans needs token ids'): learn.fit(1, cbs=MixCallback(spans(pad=0), at=learn.model.emb))
+    with pytest.raises(ValueError, match='spanmix needs token ids'): learn.fit(1, cbs=MixCallback(spanmix(pad=0), at=learn.model.emb))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MixUpCallback(at=learn.model.emb))

@@ -84,7 +84,12 @@ def meanings(sym):
     "What the comments behind the parameters of `sym`, or behind the fields of a named tuple, say"
     if inspect.isclass(sym) and issubclass(sym, tuple):
         return {k: {'docment': v} for k,v in re.findall(r'^ +(\w+):.*?# (.*)$', inspect.getsource(sym), re.M)}
-    return docments(sym, full=True, returns=True, args_kwargs=True)
+    found = docments(sym, full=True, returns=True, args_kwargs=True)
+    for base in sym.__mro__[1:] if inspect.isclass(sym) else ():  # fields that a class inherits are described in its base
+        if not base.__module__.startswith('fastai_mixup_ext'): continue
+        for k,v in docments(base, full=True).items():
+            if k in found and not found[k].get('docment'): found[k] = v
+    return found
 
 
 # What a parameter of this name means wherever it says nothing itself

@@ -191,13 +191,15 @@ def lines(names):
 def forest(*names):
     "All comparisons that are kept under `names`, in three bands"
     found = sorted(lines(names), key=lambda o: o[1].mean)
-    fig,ax = plt.subplots(figsize=(9, .8+.19*len(found)), layout='constrained')
+    many = len(found)>100  # then fewer colours and narrower rows keep the page small
+    row = .15 if many else .19
+    fig,ax = plt.subplots(figsize=(9, .8+row*len(found)), layout='constrained')
     plot_forest(ax, {o: change for o,change,_ in found}, {o: verdict for o,_,verdict in found})
     labels = [o.get_text().partition('\n')[0] for o in ax.get_yticklabels()]
-    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set_yticks(range(len(labels)), labels, fontsize=7 if many else 8)
     if max(abs(o.high) for _,o,_ in found)>200: log_scale(ax)
     ax.set_xlabel('change in % of the mean without mixing; ← better')
-    return show(fig, 32)
+    return show(fig, 24 if many else 32)
 
 def log_scale(ax):
     "Beyond 20 % a logarithmic scale; intervals of a measure that is never negative may reach below -100 %"
