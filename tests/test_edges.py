@@ -111,6 +111,10 @@ def test_defaults(): assert (mixup(), cutmix(), fmix(), resizemix())==(mixup(.4)
 def test_a_box_needs_its_mask():
     with pytest.raises(ValueError, match='Mix.box=.*with a mask over d axes'): Mix(even.partner, even.lam, None, torch.rand(4, 2, 2))
 
+def test_a_mask_has_positions_or_rows_only():
+    for mask in torch.rand(4, 1), torch.rand(4, 1)<.5:
+        with pytest.raises(ValueError, match='Mix.mask='): Mix(even.partner, even.lam, mask)
+
 @pytest.mark.parametrize('x', [tensor(1.), torch.eye(3).to_sparse(), [1., 2.], None], ids=['a number', 'sparse', 'a list', 'none'])
 def test_a_recipe_mixes_dense_rows(x):
     with pytest.raises(TypeError, match='x must be a dense tensor with one row per item'): mixup()(x)
