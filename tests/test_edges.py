@@ -6,12 +6,13 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.losses import LabelSmoothingCrossEntropy
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from common import covering
-from fastai_mixup_ext import (Mix, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
+from common import BS, covering, make_learner, named
+from fastai_mixup_ext import (Mix, MixUpCallback, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
     mixup, pairing, remix, resizemix, until, within_class)
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
@@ -39,7 +40,7 @@ def test_the_first_of_two_targets_counts():
     near = by_target_distance(.1)(x, (first.float(), second.float()), gen())
     assert (first[near]==first).all()
 
-@pytest.mark.parametrize('counts', [[5,-1], [5.,-.5], [0,0], [2**70,1], [[1,2]], [1.,torch.inf], ['a']], ids=str)
+@pytest.mark.parametrize('counts', [[5,-1], [5.,-.5], [0,0], [2**70,1], [[1,2]], [1.,torch.inf], ['a'], [object()], {0: 5}], ids=named)
 def test_counts_are_numbers_from_zero_on(counts):
     for make in (balanced, partial(remix, mixup())):
         with pytest.raises((TypeError, ValueError), match='counts'): make(counts)
@@ -87,12 +88,32 @@ def test_fastais_smoothing_counts_rows_that_torch_ignores(reduction):
     assert_close(mixed_loss(total, pred, y, even), .7*total(pred, y)+.3*total(pred, y[even.partner]))
 
 
+def test_a_mix_set_after_the_prediction_is_what_the_loss_goes_by():
+    seen = []
+    class Mine(Callback):
+        order,run_valid = 50,False
+        def after_pred(self):
+            self.learn.mix_up.mix = Mix(torch.arange(BS).roll(1), torch.full((BS,), .6))
+            self.y = self.learn.mix_up.sources[0][0][0]
+        def after_loss(self):
+            p = self.learn.pred
+            want = .6*F.cross_entropy(p, self.y) + .4*F.cross_entropy(p, self.y.roll(1))
+            seen.append((self.learn.loss.detach(), want.detach()))
+    make_learner('labels', [MixUpCallback(), Mine()]).fit(1)
+    assert len(seen)==2
+    for got,want in seen: assert_close(got, want)
+
+
 # ---- values
 
 def test_defaults(): assert (mixup(), cutmix(), fmix(), resizemix())==(mixup(.4), cutmix(1.), fmix(1., 3.), resizemix((.1,.8)))
 
 def test_a_box_needs_its_mask():
     with pytest.raises(ValueError, match='Mix.box=.*with a mask over d axes'): Mix(even.partner, even.lam, None, torch.rand(4, 2, 2))
+
+def test_a_mask_has_positions_or_rows_only():
+    for mask in torch.rand(4, 1), torch.rand(4, 1)<.5:
+        with pytest.raises(ValueError, match='Mix.mask='): Mix(even.partner, even.lam, mask)
 
 @pytest.mark.parametrize('x', [tensor(1.), torch.eye(3).to_sparse(), [1., 2.], None], ids=['a number', 'sparse', 'a list', 'none'])
 def test_a_recipe_mixes_dense_rows(x):
