@@ -138,6 +138,7 @@ def _mixed(x, mix, out):
     elif out is None and x.is_contiguous(): other = x.index_select(0, partner)
     else:  # `out` decides the memory format
         other = torch.index_select(x, 0, partner, out=torch.empty_like(x) if out is None else out)
+    if mix.box is not None and other.stride()!=x.stride(): other = torch.empty_like(x).copy_(other)  # channels last
     res = _select(x, other, own, pure) if own.dtype==torch.bool else _lerp(x, other, own)
     if over is not None and own.dtype!=torch.bool: res = torch.where(own==1, x, res)  # even beside what is not finite
     return res if out is None or res is out else out.copy_(res)

@@ -131,7 +131,7 @@ class Counts:
         try:
             values = counts.detach() if isinstance(counts, Tensor) else torch.tensor(counts)
             values = values.to('cpu', torch.float32, copy=True)
-        except (TypeError, ValueError, RuntimeError): values = torch.empty(0, 0)
+        except (TypeError, ValueError, RuntimeError, OverflowError): values = torch.empty(0, 0)
         if values.dim()!=1 or not (values>=0).all() or not 0<values.sum()<torch.inf:
             raise ValueError(f"counts={reprlib.repr(counts)} must be a 1-D tensor or a sequence that has for each "
                 "class the number of its training rows; class_counts(dls) counts them")

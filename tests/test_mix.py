@@ -157,8 +157,11 @@ def test_a_box_that_is_everything_changes_nothing():
 
 # ---- what is kept
 
-@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['row'])],
-    ids=['lerp','cut','shares'])
+quarter = tensor([[[.5,.5],[.5,.5]]])
+
+@pytest.mark.parametrize('m', [mix, Mix(partner, lams, masks((5,4))['row']), Mix(partner, lams, masks((5,4), True)['row']),
+    Mix(partner, lams, masks((5,4))['row'], quarter), Mix(partner, lams, masks((5,4), True)['row'], quarter)],
+    ids=['lerp','cut','shares','box','shares in a box'])
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float16,torch.uint8], ids=str)
 @pytest.mark.parametrize('grad', [False,True])
 def test_channels_last_is_kept(dtype, m, grad):
