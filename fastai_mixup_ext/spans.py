@@ -10,18 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 import torch
-from torch import Tensor  # noqa: F401 the reference reads it in the signature that SpanMix inherits
+from torch import Tensor  # noqa: F401 the reference reads it in the signature that PaddedMix inherits
 from .mix import Mix
 from .recipes import Recipe
 from .schedules import check_value, value_at
 from .tensors import is_number, plain
 
 # %% auto #0
-__all__ = ['SpanMix', 'spanmix']
+__all__ = ['PaddedMix', 'spanmix']
 
 # %% ../nbs/api/04_spans.ipynb #span-mix
 @dataclass(frozen=True, eq=False)
-class SpanMix(Mix):
+class PaddedMix(Mix):
     "A mix that pastes words over words only: every row keeps its own padding"
     pad:int|None=None # The padding's id
 
@@ -51,7 +51,7 @@ class spanmix(Recipe):
         keep = ~(both & (rank>=lo[:,None]) & (rank<hi[:,None]))[:,None]
         share = 1 - (hi-lo).float()/words.sum(1).clamp(min=1)
         if self.pad is None: return Mix(batch.partner, share, keep)
-        return SpanMix(batch.partner, share, keep, pad=self.pad)
+        return PaddedMix(batch.partner, share, keep, pad=self.pad)
 
 def _checked_ids(x):
     "`x`, if it holds ids (n,T)"

@@ -53,9 +53,9 @@ def test_a_name_of_two_modules():
 
 def test_inherited_fields_are_described():
     from fastai_mixup_ext.mix import Mix
-    from fastai_mixup_ext.spans import SpanMix
+    from fastai_mixup_ext.spans import PaddedMix
     rows = reference.described(Mix, reference.parameters(Mix)).splitlines()[2:]
-    inherited = reference.described(SpanMix, reference.parameters(SpanMix)).splitlines()[2:]
+    inherited = reference.described(PaddedMix, reference.parameters(PaddedMix)).splitlines()[2:]
     words = [o.split('|')[-2] for o in rows]
     assert [o.split('|')[-2] for o in inherited[:len(rows)]]==words and all(map(str.strip, words))
 
