@@ -18,7 +18,6 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from fastcore.meta import delegates
 from .embeddings import MixedIds, by_length, mix_input
 from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, loss_name
 from .losses import source_loss, takes_numbers
@@ -380,37 +379,49 @@ def _leave_twin(cb, learn):
     setattr(learn, cb.name, twin)
 
 # %% ../nbs/api/10_callback.ipynb #mixup
-@delegates()
 class MixUpCallback(MixCallback):
     "`MixCallback` with the recipe `mixup(alpha)`"
     def __init__(self,
         alpha:float|Callable=.4, # >= 0, or a function of the fraction of training done; 0: off
-        **kwargs
-    ): super().__init__(mixup(alpha), **kwargs)
+        *,
+        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
+        pair:Callable=shuffled, # Pairing policy
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
+    ): super().__init__(mixup(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/10_callback.ipynb #cutmix
-@delegates()
 class CutMixCallback(MixCallback):
     "`MixCallback` with the recipe `cutmix(alpha)`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        **kwargs
-    ): super().__init__(cutmix(alpha), **kwargs)
+        *,
+        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
+        pair:Callable=shuffled, # Pairing policy
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
+    ): super().__init__(cutmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/10_callback.ipynb #fmix
-@delegates()
 class FMixCallback(MixCallback):
     "`MixCallback` with the recipe `fmix(alpha)`; for another `decay`: `MixCallback(fmix(alpha, decay))`"
     def __init__(self,
         alpha:float|Callable=1., # >= 0, or a function of the fraction of training done; 0: off
-        **kwargs
-    ): super().__init__(fmix(alpha), **kwargs)
+        *,
+        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
+        pair:Callable=shuffled, # Pairing policy
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
+    ): super().__init__(fmix(alpha), p=p, pair=pair, at=at, seed=seed)
 
 # %% ../nbs/api/10_callback.ipynb #resizemix
-@delegates()
 class ResizeMixCallback(MixCallback):
     "`MixCallback` with the recipe `resizemix(scale)`"
     def __init__(self,
         scale:tuple[float,float]=(.1,.8), # Sides of the box, as fractions of the picture's: 0 < low <= high <= 1
-        **kwargs
-    ): super().__init__(resizemix(scale), **kwargs)
+        *,
+        p:float|Callable=1., # Probability that a batch is mixed, 0 to 1, or a function of the fraction of training done
+        pair:Callable=shuffled, # Pairing policy
+        at:At=None, # Where: 'stages', a module, a list of them (None: the input), or a function model -> such a list
+        seed:int|None=None # Seed of the callback's own generators; None: torch's global one
+    ): super().__init__(resizemix(scale), p=p, pair=pair, at=at, seed=seed)

@@ -1,4 +1,4 @@
-"""Half of the rows stay clean, the others are mixed
+"""RegMixUp: half of the rows stay clean, the others are mixed
 
 Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/regmix.html.md"""
 
