@@ -55,7 +55,7 @@ def defaults():
 
 def files():
     "In the root of the project and beside the tests, but for the caches of tools"
-    caches = {'__pycache__', '.hypothesis', '.pytest_cache', '.mypy_cache', '.ruff_cache', 'build'}
+    caches = {'__pycache__', '.hypothesis', '.pytest_cache', '.mypy_cache', '.ruff_cache', 'build', '_proc', '_docs'}
     return {o for folder in (here, here.parent) for o in folder.iterdir() if o.name not in caches and o.suffix!='.egg-info'}
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
