@@ -1,4 +1,5 @@
 """What a release would publish: the files of wheel and sdist, and the wheel at work in an environment and a folder of its own."""
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,8 +25,10 @@ def sh(*command, **kwargs):
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "A folder with the wheel and the sdist"
-    res = tmp_path_factory.mktemp('dist')
-    sh(sys.executable, '-m', 'build', '--outdir', res, root)
+    res,copy = tmp_path_factory.mktemp('dist'),tmp_path_factory.mktemp('copy')/root.name
+    left_out = '.git', '__pycache__', '.*_cache', '.hypothesis', '*.egg-info', 'build', '_proc', '_docs'
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*left_out))  # a build writes into the tree
+    sh(sys.executable, '-m', 'build', '--outdir', res, copy)
     return res
 
 @pytest.fixture(scope='module')
