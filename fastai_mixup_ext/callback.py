@@ -258,7 +258,7 @@ def _draw(self:MixCallback, recipe, x, yb):
 def _pair(self:MixCallback, yb):
     "Shuffle the targets: which count, and how much. Those that can be blended or pasted take their place at once"
     b = self._batch
-    if b.mix.mask is not None: check_positions(yb, b.mix)
+    check_positions(yb, b.mix)
     ys = L(map(plain, yb))
     b.own,b.floated = yb,self._loss.numbers and not all(map(is_number, ys))
     if b.floated: ys = L(as_numbers(self.learn.loss_func, ys))

@@ -194,7 +194,7 @@ def mixed_loss(
     check_mix(mix, 'mixed_loss')
     yb = tuple(yb) if is_sequence(yb) else (yb,)
     check_targets(yb, len(mix))
-    if mix.mask is not None: check_positions(yb, mix)
+    check_positions(yb, mix)
     numbers = as_numbers(loss_func, yb)
     if any(a is not b for a,b in zip(yb, numbers)): check_sizes(loss_func, pred, yb)
     return source_loss(loss_func, pred, mix.sources(numbers))
@@ -238,6 +238,7 @@ def check_positions(
     mix:Mix # The mix of these rows
 ):
     "Raise an error that names the target, if the mask of `mix` can't be laid over one of `yb`"
+    if mix.mask is None: return
     for i,y in enumerate(yb):
         try: mix.over(y)
         except ValueError as e: raise ValueError(f"target {i}: {e}; or use mixup, which needs no positions") from None

@@ -18,7 +18,7 @@ from .schedules import check_value, value_at
 from .tensors import is_dense, plain
 
 # %% auto #0
-__all__ = ['draw_beta', 'Batch', 'Recipe', 'mixup', 'cutmix', 'resizemix', 'fmix', 'one_of', 'per_batch']
+__all__ = ['draw_beta', 'Batch', 'Recipe', 'WithAlpha', 'mixup', 'cutmix', 'resizemix', 'fmix', 'one_of', 'per_batch']
 
 # %% ../nbs/api/04_recipes.ipynb #beta
 def draw_beta(
@@ -116,14 +116,16 @@ class Recipe:
         return mix
 
 # %% ../nbs/api/04_recipes.ipynb #mixup
-class _WithAlpha(Recipe):
+class WithAlpha(Recipe):
     "A recipe whose share is drawn from Beta(alpha, alpha)"
     def __post_init__(self): check_value('alpha', self.alpha)
     def active(self, progress): return value_at('alpha', self.alpha, progress)>0
-    def _lam(self, batch, n=None): return batch.beta(value_at('alpha', self.alpha, batch.progress), n)
+    def _lam(self, batch:Batch, n:int|None=None)->Tensor: # (n,) float32
+        "The draws for a batch; `n`: as in `Batch.beta`"
+        return batch.beta(value_at('alpha', self.alpha, batch.progress), n)
 
 @dataclass(frozen=True)
-class mixup(_WithAlpha):
+class mixup(WithAlpha):
     "Values interpolated: lam = max(B, 1-B), B ~ Beta(alpha, alpha) ([paper](https://arxiv.org/abs/1710.09412))"
     alpha:float|Callable=.4 # >= 0, or a function of the fraction of training done; 0: off
 
@@ -148,7 +150,7 @@ def _either(a, b):
 
 # %% ../nbs/api/04_recipes.ipynb #cutmix
 @dataclass(frozen=True)
-class cutmix(_WithAlpha):
+class cutmix(WithAlpha):
     "A box of the partner, its area 1-B before it is clipped ([paper](https://arxiv.org/abs/1905.04899))"
     alpha:float|Callable=1. # B ~ Beta(alpha, alpha): >= 0, or a function of the fraction of training done; 0: off
 
@@ -185,7 +187,7 @@ class resizemix(Recipe):
 
 # %% ../nbs/api/04_recipes.ipynb #fmix
 @dataclass(frozen=True)
-class fmix(_WithAlpha):
+class fmix(WithAlpha):
     "A blob of the partner, one for the batch, its area 1-B ([paper](https://arxiv.org/abs/2002.12047))"
     alpha:float|Callable=1. # B ~ Beta(alpha, alpha): >= 0, or a function of the fraction of training done; 0: off
     decay:float=3. # How fast high frequencies fade, as frequency**-decay; larger is smoother

@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from .mix import Mix
-from .recipes import Recipe, mixup
-from .schedules import check_value, value_at
+from .recipes import WithAlpha, mixup
 
 # %% auto #0
 __all__ = ['regmixup']
 
 # %% ../nbs/api/04_regmix.ipynb #regmixup
 @dataclass(frozen=True)
-class regmixup(Recipe):
+class regmixup(WithAlpha):
     "Half of the rows stays clean, the others are mixed, lam near 1/2 ([paper](https://arxiv.org/abs/2206.14502))"
     alpha:float|Callable=20. # >= 0, or a function of the fraction of training done; 0: off
-
-    def __post_init__(self): check_value('alpha', self.alpha)
-    def active(self, progress): return value_at('alpha', self.alpha, progress)>0
 
     def draw(self, batch):
         mix,n = mixup(self.alpha).draw(batch),len(batch)

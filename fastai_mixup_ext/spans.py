@@ -12,8 +12,7 @@ from numbers import Integral
 import torch
 from torch import Tensor  # noqa: F401 the reference reads it in the signature that PaddedMix inherits
 from .mix import Mix
-from .recipes import Recipe
-from .schedules import check_value, value_at
+from .recipes import WithAlpha
 from .tensors import is_number, plain
 
 # %% auto #0
@@ -27,21 +26,19 @@ class PaddedMix(Mix):
 
 # %% ../nbs/api/04_spans.ipynb #spans
 @dataclass(frozen=True)
-class spanmix(Recipe):
+class spanmix(WithAlpha):
     "A span of the partner's tokens, 1-B of those that both have, B ~ Beta(alpha, alpha); for ids (n,T)"
     alpha:float|Callable=1. # >= 0, or a function of the fraction of training done; 0: off
     pad:int|None=None # The padding's id; None: every position counts as a word
 
     def __post_init__(self):
-        check_value('alpha', self.alpha)
+        super().__post_init__()
         if self.pad is not None and (isinstance(self.pad, bool) or not isinstance(self.pad, Integral)):
             raise TypeError(f"pad={self.pad!r} must be the id of the padding, an int, or None if there is none")
 
-    def active(self, progress): return value_at('alpha', self.alpha, progress)>0
-
     def draw(self, batch):
         ids = _checked_ids(batch.x)
-        lam,centre = batch.beta(value_at('alpha', self.alpha, batch.progress)),batch.uniform(len(batch), 1)[:,0]
+        lam,centre = self._lam(batch),batch.uniform(len(batch), 1)[:,0]
         words = torch.ones_like(ids, dtype=torch.bool) if self.pad is None else ids!=self.pad
         both = words & words[batch.partner]
         rank,m = both.cumsum(1)-1,both.sum(1)
