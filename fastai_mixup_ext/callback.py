@@ -6,7 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 
 # %% ../nbs/api/10_callback.ipynb #imports
 from __future__ import annotations
-import reprlib, sys
+import reprlib
 from collections.abc import Callable, Sequence
 from copy import copy
 from numbers import Integral
@@ -24,13 +24,13 @@ from .losses import source_loss, takes_numbers
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
-from .places import Place, find_places, first_rows
+from .places import Place, find_places, first_rows, text_encoders
 from .recipes import Batch, Recipe, cutmix, fmix, mixup, per_batch, resizemix
 from .schedules import check_value, value_at
 from .tensors import all_of, first, is_number, lerp_dtype, plain
 
 # %% auto #0
-__all__ = ['At', 'MixCallback', 'MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback']
+__all__ = ['At', 'MixCallback', 'mixing_callback', 'MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback']
 
 # %% ../nbs/api/10_callback.ipynb #batch
 class _Loss:
@@ -98,7 +98,7 @@ class MixCallback(Callback):
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None), _sorts=_sorts_by_length(self.learn.model), _places=places)
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=len(text_encoders(self.learn.model))>0, _places=places)
         self.forget()
 
     def before_batch(self):
@@ -308,6 +308,12 @@ def _same(yb, seen):
         return a.is_set_to(b) or a.shape==b.shape and a.device==b.device and bool((a==b).all())
     return len(yb)==len(seen) and all(map(same, yb, seen))
 
+def mixing_callback(
+    learn:Learner
+)->MixCallback|None:
+    "The learner's callback of ours, if it has one"
+    return next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
+
 def _is_mixer(cb):
     "Ours, or another library's: fastai's, fastxtend's and tsai's mixers have these bases"
     bases = {t.__name__ for t in type(cb).__mro__}
@@ -334,14 +340,9 @@ def _is_pasted(mix, x):
 
 def _check_pad(mix, model):
     "Padding that is pasted over words would mislead fastai's encoder of texts"
-    pad = next(m.pad_idx for m in model.modules() if type(m).__name__=='SentenceEncoder')
+    pad = text_encoders(model)[0].pad_idx
     if getattr(mix, 'pad', None)!=pad:
         raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spanmix(pad={pad})")
-
-def _sorts_by_length(model):
-    "Does it hold fastai's encoder of texts, which counts on rows sorted by length?"
-    text = sys.modules.get('fastai.text.models.core')  # not imported: no model can have it
-    return text is not None and any(isinstance(m, text.SentenceEncoder) for m in model.modules())
 
 # %% ../nbs/api/10_callback.ipynb #batch-patch
 _do_one_batch = Learner._do_one_batch
@@ -349,7 +350,8 @@ _do_one_batch = Learner._do_one_batch
 @patch
 def _do_one_batch(self:Learner, _run=_do_one_batch):
     "fastai's, with the place that the mixing callback has chosen held open"
-    place = next((cb.place for cb in self.cbs if isinstance(cb, MixCallback)), None) if self.training else None
+    mixer = mixing_callback(self)
+    place = mixer.place if mixer is not None and self.training else None
     if place is None: return _run(self)
     try:  # an interrupt may come between the hook and the first line of a `with` block
         place.__enter__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from fastai.learner import Metric
 from fastai.torch_core import maybe_gather
-from .callback import MixCallback
+from .callback import mixing_callback
 from .tensors import is_number, plain
 
 # %% auto #0
@@ -25,7 +25,7 @@ class mixed_accuracy(Metric):
     def reset(self): self.hits,self.count = 0.,0
 
     def accumulate(self, learn):
-        cb = next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)
+        cb = mixing_callback(learn)
         sources = cb.sources if cb is not None and cb.sources is not None else [(learn.yb, 1)]
         hits = sum(_hits(learn.pred, yb, share, self.axis) for yb,share in sources)
         total = hits.sum() if hits.device.type=='mps' else hits.sum().double()  # Apple's GPUs have no float64

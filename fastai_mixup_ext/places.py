@@ -16,7 +16,7 @@ from .mix import Mix
 from .tensors import first, is_sequence
 
 # %% auto #0
-__all__ = ['Place', 'first_rows', 'Places', 'find_places']
+__all__ = ['Place', 'text_encoders', 'first_rows', 'Places', 'find_places']
 
 # %% ../nbs/api/09_places.ipynb #place
 class Place:
@@ -60,10 +60,15 @@ def _innermost(m):
     while len(inner := list(m.children()))==1: m, = inner
     return m
 
+def text_encoders(
+    model:nn.Module # Any model
+)->list: # Modules; found by name, since fastai's part for texts may not be loaded
+    "fastai's encoders of texts in `model`: they call their parts several times, and count on rows sorted by length"
+    return [m for m in model.modules() if any(t.__name__=='SentenceEncoder' for t in type(m).__mro__)]
+
 def _gets_parts(model, module):
     "Is `module` called for one part of a text after another?"
-    encoders = [m for m in model.modules() if type(m).__name__=='SentenceEncoder' and m is not module]
-    return any(o is module for m in encoders for o in m.modules())
+    return any(o is module for m in text_encoders(model) if m is not module for o in m.modules())
 
 def first_rows(
     mix:Mix, # A mix without positions, or with the same ones in every part

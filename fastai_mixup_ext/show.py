@@ -15,7 +15,7 @@ import fastai.callback.progress  # noqa: F401 gives every learner `no_bar`
 from fastai.learner import Learner
 from fastai.torch_core import display_df, get_random_states, set_random_states, show_image, subplots
 from fastcore.basics import patch
-from .callback import MixCallback
+from .callback import mixing_callback
 from .embeddings import mix_input
 from .losses import as_numbers
 from .tensors import is_sequence, rebuilt
@@ -122,7 +122,7 @@ def show_mixed_batch(self:Learner,
     figsize:tuple|None=None # Size of the grid in inches
 ): # The axes; for anything but pictures, the table
     "Show a training batch as the learner's mixing callback mixes it"
-    cb = next((cb for cb in self.cbs if isinstance(cb, MixCallback)), None)
+    cb = mixing_callback(self)
     if cb is None:
         raise ValueError("this learner mixes nothing; give it a callback that does: learn.add_cb(MixUpCallback())")
     n_inp,own,other,mixed,targets,mix = _mixed_batch(self, cb)
