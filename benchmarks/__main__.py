@@ -24,7 +24,7 @@ def _tell(results, table, title, rows, **about):
 
 @call_parse
 def main(
-    only:str='', # Sections, with commas: callback, switch, mixing, loss, memory, cut, training, step, compiled, tried, gpu; all by default
+    only:str='', # Sections, with commas (all): callback, switch, family, mixing, loss, memory, cut, training, step, compiled, tried, gpu
     quick:bool=False, # Small shapes and two rounds, all in one process: does everything run?
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy

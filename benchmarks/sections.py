@@ -15,7 +15,8 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fastcore.basics import noop
-from fastai_mixup_ext import MixCallback, MixUpCallback, blend, cutmix, fmix, mixed_loss, mixup, one_of, per_batch, resizemix
+from fastai_mixup_ext import (MixCallback, MixUpCallback, balanced, blend, cutmix, fmix, mixed_loss, mixup, one_of, per_batch, regmixup,
+    remix, resizemix, spanmix)
 from . import peers
 from .measure import about, alternate, name, peak_bytes, slope, spread, traffic
 from .tried import tried
@@ -88,6 +89,27 @@ def switch(run):
         rows += [dict(batch=name(shape), who=k, dearer=dearer, **spread(cost[k]/cost[dearer], 'cost/dearer'))
             for k in ways if k!='none']
     return {'switch': rows}
+
+# The rest of the family
+
+def _stages(): return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU()), First())
+def _reader(): return nn.Sequential(nn.Embedding(1000, 16), First())
+
+def family(run):
+    "A training step with each recipe over one with mixup, on the same model"
+    pictures = {'remix': lambda: MixCallback(remix(mixup(.4), torch.arange(1, 11))),
+        'balanced partners': lambda: MixUpCallback(pair=balanced()), 'regmixup': lambda: MixCallback(regmixup()),
+        'cutmix': lambda: MixCallback(cutmix()), 'fmix': lambda: MixCallback(fmix()), 'resizemix': lambda: MixCallback(resizemix())}
+    cases = [((64,3,128,128), First, pictures), ((64,3,128,128), _stages, {"at='stages'": lambda: MixUpCallback(at='stages')}),
+        ((64,128), _reader, {'spanmix': lambda: MixCallback(spanmix(pad=1))})]
+    rows = []
+    for shape,model,ways in run.some(cases):
+        fits = {k:learner(run, shape, 3 if run.quick else 20, cb(), model()) for k,cb in {'mixup': MixUpCallback, **ways}.items()}
+        if model is _reader:
+            for o in fits.values(): o.dls.loaders[0] = [((x*1000).long(),y) for x,y in o.dls.train]
+        took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0, settle=True)
+        rows += [dict(batch=name(shape), who=k, **spread(took[k]/took['mixup'], 'time/mixup')) for k in ways]
+    return {'family': rows}
 
 # Mixing alone
 
@@ -267,7 +289,7 @@ def _kernels(f):
         torch.cuda.synchronize()
     return sum(e.count for e in prof.key_averages() if e.device_type==torch.autograd.DeviceType.CUDA)
 
-_all = callback, switch, mixing, loss, memory, cut, training, step, compiled, tried, gpu
+_all = callback, switch, family, mixing, loss, memory, cut, training, step, compiled, tried, gpu
 sections = {f.__name__:f for f in _all}
 
 def measured(
@@ -293,6 +315,8 @@ _budgets = [  # table, what identifies the row, figure, and the most that it may
     ('callback', dict(batch='64×3×32×32, TensorImage, TensorCategory'), 'ours/fastai', .2),
     ('callback', dict(batch='64×3×224×224'), 'ours/fastai', .2),
     ('switch', dict(batch='32×3×224×224', who='switch'), 'cost/dearer', 1.1),
+    *(('family', dict(batch='64×3×128×128', who=o), 'time/mixup', 1.3) for o in ('remix', 'balanced partners', 'regmixup', "at='stages'")),
+    ('family', dict(batch='64×128', who='spanmix'), 'time/mixup', 1.3),
     ('mixing', dict(batch='64×3×224×224', who='ours, fresh memory'), 'time/clone', 1.3),
     ('mixing', dict(batch='64×3×224×224', who='ours'), 'time/clone', .4),
     ('loss', dict(prediction='64×1000', who='ours'), 'forward+backward', .9),

@@ -20,7 +20,7 @@ def test_command(tmp_path):
     res = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     tables = json.loads((tmp_path/'results.json').read_text())
-    assert {*tables}=={*'callback switch mixing growth loss memory cut training step compiled tried budgets'.split()}
+    assert {*tables}=={*'callback switch family mixing growth loss memory cut training step compiled tried budgets'.split()}
     for name,table in tables.items():
         assert f'{name}: {table["title"]}' in res.stdout
         assert table['rows'] and all(math.isfinite(v) for r in table['rows'] for v in r.values() if isinstance(v, float)), name
