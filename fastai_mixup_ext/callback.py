@@ -309,7 +309,7 @@ def _same(yb, seen):
     return len(yb)==len(seen) and all(map(same, yb, seen))
 
 def mixing_callback(
-    learn:Learner
+    learn:Learner # Any learner
 )->MixCallback|None:
     "The learner's callback of ours, if it has one"
     return next((cb for cb in learn.cbs if isinstance(cb, MixCallback)), None)

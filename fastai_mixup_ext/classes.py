@@ -21,9 +21,9 @@ __all__ = ['Classes', 'fastai_loss', 'unchanged', 'as_classes', 'class_loss']
 # %% ../nbs/api/05_classes.ipynb #classes
 class Classes(NamedTuple):
     "A loss of the cross-entropy family"
-    weight:Tensor|None=None
-    ignore_index:int=-100
-    reduction:str='mean'
+    weight:Tensor|None=None # Class weights (C,)
+    ignore_index:int=-100  # the label that does not count
+    reduction:str='mean'   # or 'sum' or 'none'
     eps:float=0.           # label smoothing
     logits:bool=True       # False: predictions are log-probabilities
     smooth_all:bool=False  # fastai smooths over all positions, unweighted; torch over those that count, weighted
@@ -74,7 +74,7 @@ def as_classes(
 
 # %% ../nbs/api/05_classes.ipynb #loss
 def class_loss(
-    spec:Classes,
+    spec:Classes, # The loss, described
     pred:Tensor, # Logits or log-probabilities, as `spec` says
     sources:list # [(labels, share)]: labels, one for each position of `pred`, and their share (n,) or one per position
 )->Tensor|None: # Reduced as `spec` says; None: labels and prediction do not fit, and the loss itself will say so

@@ -39,7 +39,9 @@ def number(
 # %% ../nbs/api/demo/04_demo.ipynb #device
 _signs = dict(cuda='/dev/nvidia[0-9]* /dev/dxg /dev/kfd', xpu='/dev/dri/* /dev/dxg', mps='')  # of a driver, on Linux
 
-def device(s:str)->str:
+def device(
+    s:str # What was typed
+)->str:
     "A parser of names of devices"
     kind = re.fullmatch(r'(auto|cpu|mps|(cuda|xpu)(:\d+)?)', s)
     if not kind: raise argparse.ArgumentTypeError(f"{s!r} must be auto, cpu, cuda, cuda:1, mps or xpu")
@@ -48,7 +50,9 @@ def device(s:str)->str:
     raise argparse.ArgumentTypeError(f"{s!r} must be a device that this machine has; auto picks one")
 
 # %% ../nbs/api/demo/04_demo.ipynb #path
-def folder(s:str)->Path:
+def folder(
+    s:str # What was typed
+)->Path:
     "A parser of folders"
     if s: return Path(s)
     raise argparse.ArgumentTypeError("'' must be the name of a folder; leave the option out for the default")
@@ -105,7 +109,9 @@ def _publish(tmp, out):
 def _home(out): return next(o for o in (out, *out.absolute().parents) if o.exists())
 
 @contextmanager
-def staging(out:Path):
+def staging(
+    out:Path # The folder of the report
+):
     "A folder to write into, whose files are moved to `out` if and when the block ends well"
     try:
         with TemporaryDirectory(prefix='.mixup-demo-', dir=_home(out), ignore_cleanup_errors=True) as tmp:
@@ -114,7 +120,9 @@ def staging(out:Path):
     except OSError as e: raise Refused(f"--out {out} can't be written: {e.strerror}") from e
 
 # %% ../nbs/api/demo/04_demo.ipynb #out
-def check_out(out:Path):
+def check_out(
+    out:Path # The folder of the report
+):
     "Refuse a folder that can't be written, before anything slow is done"
     try:
         with TemporaryDirectory(prefix='.mixup-demo-', dir=_home(out)): pass
@@ -132,7 +140,9 @@ def load(
     for o in pics.said: say(o)
     return pics
 
-def say(line:str):
+def say(
+    line:str # Of text
+):
     "Print `line` at once"
     print(line, flush=True)
 
@@ -148,20 +158,29 @@ def compare(
     return compare_fits(setting, candidates(args.alpha), args.epochs, args.seeds)
 
 # %% ../nbs/api/demo/04_demo.ipynb #words
-def described(pics, noise, device)->str:
+def described(
+    pics, # The pictures and their labels
+    noise:float, # The share of the labels that are replaced, 0 to 1
+    device # Where is trained
+)->str:
     "What is trained on, in a line"
     wrong = f', {100*noise:g} % of the training labels replaced by wrong ones' if noise else ''
     size = pics.x.shape[-1]
     return f"{pics.name}: {len(pics.y):,} pictures in {len(pics.vocab)} classes, {size}×{size}{wrong}, on {device}"
 
-def hint(args, noise)->str:
+def hint(
+    args, # The options, as they were given
+    noise:float # The share of the labels that are replaced, 0 to 1
+)->str:
     "What else the digits show"
     if args.data: return 'Few pictures, wrong labels and long training are where mixing pays: try more --epochs.'
     return 'On clean digits there is little to gain: see mixup-demo --noise 0.' if noise else (
         'These labels are clean; mixing pays where some are wrong: see mixup-demo --noise 0.2.')
 
 # %% ../nbs/api/demo/04_demo.ipynb #demonstrate
-def demonstrate(args)->bool: # Are all runs finished?
+def demonstrate(
+    args # The options, as they were given
+)->bool: # Are all runs finished?
     "Check, train, say and write"
     found = find_pictures(args.data) if args.data else None
     check_out(args.out)

@@ -54,7 +54,7 @@ def classes(
 # %% ../nbs/api/demo/00_demo_folders.ipynb #check
 def check(
     folder:Path, # For the message
-    found:Found,
+    found:Found, # What was found
     lost:bool=False # Have pictures been lost that can't be read?
 ):
     "Refuse data without two classes, or with a class that has too few pictures"

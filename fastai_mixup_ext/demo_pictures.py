@@ -62,7 +62,7 @@ def _eight_bits(im):
 
 # %% ../nbs/api/demo/01_demo_pictures.ipynb #read
 def read(
-    file:Path,
+    file:Path, # Of a picture
     size:int # Height and width in pixels, to which the picture is squeezed
 )->np.ndarray|None: # (3, size, size) uint8; None: it can't be read
     "The picture in `file`"

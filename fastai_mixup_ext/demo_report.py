@@ -24,24 +24,30 @@ from . import show  # noqa: F401 gives every learner `show_mixed_batch`
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #table
 def milliseconds(
-    c:Comparison
+    c:Comparison # Of the finished runs
 )->dict: # Candidate → milliseconds per training step
     "What a step takes"
     base = [r.seconds for r in c.runs if r.name==c.baseline and r.seconds]
     return {o: 1000*float(np.median(base))*cost for o,cost in c.costs.items()} if base else {}
 
-def table(c:Comparison)->pd.DataFrame:
+def table(
+    c:Comparison # Of the finished runs
+)->pd.DataFrame:
     "The comparison's table in words, with milliseconds per step"
     ms,shown = milliseconds(c),c.shown.drop(columns='time per step')
     return shown.assign(**{'ms per step': [f'{ms[o]:.1f}' if o in ms else '' for o in shown.index]})
 
-def as_text(c:Comparison)->str:
+def as_text(
+    c:Comparison # Of the finished runs
+)->str:
     "The columns of `table` that fit a terminal"
     few = table(c).drop(columns=['loss', 'p (Holm)', 'runs'], errors='ignore')
     return few.rename(columns={'difference, 95 % interval': 'difference [95 %]'}).rename_axis(None).to_string()
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #cost
-def cost(c:Comparison)->str:
+def cost(
+    c:Comparison # Of the finished runs
+)->str:
     "What each method costs, in a sentence"
     ms = milliseconds(c)
     base = ms.get(c.baseline)
@@ -51,7 +57,7 @@ def cost(c:Comparison)->str:
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #results
 def write_results(
-    c:Comparison,
+    c:Comparison, # Of the finished runs
     file:Path # A table with comma-separated values
 ):
     "One row for each run: its last values, seconds per step, and the candidate's time per step over the baseline's"
@@ -71,7 +77,7 @@ def read_results(
 
 # %% ../nbs/api/demo/03_demo_report.ipynb #figures
 def save_plots(
-    c:Comparison,
+    c:Comparison, # Of the finished runs
     folder:Path # Gets forest.png and, for runs of several epochs, curves.png
 )->dict: # Name → file
     "The parts of the comparison's plot, each in a file of its own"
@@ -144,7 +150,9 @@ dl {display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.2
 td, tbody th {display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; text-align: right}
 td:empty {display: none} td::before {content: attr(data-label); opacity: .75; text-align: left}}"""
 
-def page_table(df:pd.DataFrame):
+def page_table(
+    df:pd.DataFrame # Of texts
+):
     "`df` as a table that becomes a list of cards on a narrow screen"
     rows = [Tr(Th(o, scope='row'), *(Td(v, data_label=k) for k,v in r.items())) for o,r in df.iterrows()]
     return Table(Thead(Tr(Th(''), *(Th(o, scope='col') for o in df.columns))), Tbody(*rows))
@@ -175,7 +183,7 @@ print(learn.mix_find(10))  # does mixing help here, and which?"""
 SITE = 'https://fastai-mixup-ext.github.io/fastai_mixup_ext/'
 
 def report(
-    c:Comparison,
+    c:Comparison, # Of the finished runs
     notes:list, # Sentences under the conclusion
     mixed:dict, # Method → from `mixed_pictures`
     plots:dict, # From `save_plots`
@@ -204,7 +212,7 @@ def _next(best):
 # %% ../nbs/api/demo/03_demo_report.ipynb #write
 def write(
     folder:Path, # Where the files go
-    c:Comparison,
+    c:Comparison, # Of the finished runs
     notes:list, # Sentences for the report
     mixed:dict, # Method → from `mixed_pictures`
     settings:dict # How the runs were made

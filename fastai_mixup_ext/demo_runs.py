@@ -29,8 +29,8 @@ from .demo_pictures import Pictures
 
 # %% ../nbs/api/demo/02_demo_runs.ipynb #split
 def split(
-    pics:Pictures,
-    rng:np.random.Generator
+    pics:Pictures, # All of them
+    rng:np.random.Generator # Decides which
 )->tuple: # Places for training, places for validation
     "As the pictures say, or else a fifth of each class, at least one picture, for validation"
     valid = pics.valid
@@ -45,7 +45,7 @@ def with_noise(
     y:np.ndarray, # (n,) int: classes
     rows:np.ndarray, # Those for training
     noise:float, # The share of `rows` whose label is replaced
-    rng:np.random.Generator
+    rng:np.random.Generator # Decides which, and what the new labels are
 )->np.ndarray: # (n,) int
     "`y` with another class, each with the same chance, in a share of its `rows`"
     y,n = y.copy(),int(y.max())+1
@@ -76,10 +76,10 @@ class Batches(TfmdDL):
 @dataclass
 class Setting:
     "What all runs have in common; called with a seed, it makes a learner"
-    pics:Pictures
+    pics:Pictures # All of them
     noise:float=0. # The share of the training labels that are replaced
     bs:int=64 # Pictures in a batch; no more than there are for training
-    device:torch.device=None
+    device:torch.device=None # Where is trained
 
     def __call__(self, seed:int)->Learner:
         set_seed(seed)
@@ -94,7 +94,9 @@ class Setting:
         if not sys.stdout.isatty(): learn.remove_cb(ProgressCallback)  # a file gets a line for each run, and no bar
         return learn
 
-def convnet(n_out:int)->nn.Module:
+def convnet(
+    n_out:int # Number of classes
+)->nn.Module:
     "Four convolutions, for pictures of any size"
     return nn.Sequential(ConvLayer(3,16), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2),
         ConvLayer(64,128,stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128,n_out))
@@ -140,7 +142,7 @@ class _FirstLosses(Callback):
         if len(self.losses)==self.n: raise CancelFitException
 
 def first_losses(
-    setting:Setting,
+    setting:Setting, # Of the runs
     cb:Callback, # Mixes
     steps:int=10 # Of training
 )->list: # Of floats
@@ -150,7 +152,7 @@ def first_losses(
     return watch.losses
 
 def agreement(
-    setting:Setting,
+    setting:Setting, # Of the runs
     alpha:float # Of both
 )->str:
     "How far the first losses with fastai's `MixUp` and with `MixUpCallback` are apart, in a sentence"

@@ -93,7 +93,9 @@ def default_candidates(
 class SameDraws(Callback):
     "Makes whatever is drawn beside the candidate's own draws the same in all runs of one seed"
     order,run_valid = .5,False  # mixing callbacks are at 0
-    def __init__(self, seed:int): self.seed = seed
+    def __init__(self,
+        seed:int # Of the run
+    ): self.seed = seed
 
     def _reseed(self, phase):
         seed = (self.seed*1_000_003 + 2*self.learn.train_iter + phase) % 2**32

@@ -27,7 +27,9 @@ _number_losses = {nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.Sm
     nn.PoissonNLLLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.multilabel_soft_margin_loss}
 
-def uncompiled(f:Callable)->Callable:
+def uncompiled(
+    f:Callable # Any loss
+)->Callable:
     "The loss that `torch.compile` wraps: what is set on the wrapper, or on a copy of it, would be set on the loss"
     return f._modules['_orig_mod'] if isinstance(f, nn.Module) and '_orig_mod' in f._modules else f
 

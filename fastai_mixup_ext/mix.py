@@ -172,7 +172,10 @@ def blend(
     check_mix(mix, 'blend')
     return mix.blend(x) if out is None else mix.blend(x, out)
 
-def check_mix(mix, name):
+def check_mix(
+    mix, # Whatever was given
+    name:str # Where, for the message
+):
     "A TypeError that says what is wanted, if `mix` is no `Mix`"
     if not isinstance(mix, Mix):
         raise TypeError(f"{name}: mix is a {type(mix).__name__}, not a Mix; draw one with a recipe: mixup(.4)(x)")

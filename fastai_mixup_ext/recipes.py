@@ -24,7 +24,7 @@ __all__ = ['draw_beta', 'Batch', 'Recipe', 'WithAlpha', 'mixup', 'cutmix', 'resi
 def draw_beta(
     n:int, # How many
     alpha:float, # > 0
-    device:torch.device|str='cpu',
+    device:torch.device|str='cpu', # Such as `cpu` or `cuda:0`
     generator:Generator|None=None # On `device`; None: torch's global generator
 )->Tensor: # (n,) float32 in [0,1]
     "Draws from Beta(alpha, alpha), right for every `alpha > 0`"

@@ -45,7 +45,7 @@ def is_number(
     return kind.is_floating_point or kind.is_complex
 
 def lerp_dtype(
-    x:Tensor
+    x:Tensor # Any tensor
 )->torch.dtype:
     "What `x` is interpolated in: its own dtype where that is exact enough, else float32"
     return x.dtype if x.dtype in _exact else torch.float32

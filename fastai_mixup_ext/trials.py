@@ -56,7 +56,9 @@ def find_generators(
 
 class Generators:
     "Generators and their states"
-    def __init__(self, found):
+    def __init__(self,
+        found:list # Generators: torch's, numpy's, Python's
+    ):
         self.all = [(g, *next(f for k,f in _generators.items() if isinstance(g, k))) for g in found]
         self.states = [get(g) for g,get,_,_ in self.all]
 
@@ -105,7 +107,9 @@ def _once(os): return list({id(o):o for o in os if o is not None}.values())
 
 class Kept:
     "What runs share with a learner, to be put back: model, loss, loaders, their generators, the global random states"
-    def __init__(self, learn:Learner):
+    def __init__(self,
+        learn:Learner # Any learner
+    ):
         modules = _modules(learn)
         objects = _once([*modules, *_loaders(learn.dls), learn.loss_func])
         tensors = _once(t for m in modules for d in (m._parameters, m._buffers) for t in d.values())
@@ -125,7 +129,9 @@ class Kept:
         self.generators.seed(seed)
 
 # %% ../nbs/api/15_trials.ipynb #copies
-def shared(learn:Learner)->dict:
+def shared(
+    learn:Learner # The original
+)->dict: # id → object
     "For `copy.deepcopy`: what a copy has in common with its original, such as the modules that `at` names"
     modules = _modules(learn)
     params = [p for m in modules for p in m._parameters.values()]

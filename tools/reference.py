@@ -84,7 +84,8 @@ def meanings(sym):
     "What the comments behind the parameters of `sym`, or behind the fields of a named tuple, say"
     if inspect.isclass(sym) and issubclass(sym, tuple):
         return {k: {'docment': v} for k,v in re.findall(r'^ +(\w+):.*?# (.*)$', inspect.getsource(sym), re.M)}
-    found = docments(sym, full=True, returns=True, args_kwargs=True)
+    made = vars(sym).get('__new__', sym) if inspect.isclass(sym) else sym
+    found = docments(made, full=True, returns=True, args_kwargs=True)
     for base in sym.__mro__[1:] if inspect.isclass(sym) else ():  # fields that a class inherits are described in its base
         if not base.__module__.startswith('fastai_mixup_ext'): continue
         for k,v in docments(base, full=True).items():
@@ -92,22 +93,12 @@ def meanings(sym):
     return found
 
 
-# What a parameter of this name means wherever it says nothing itself
-common = dict(c='The comparison', args='The options, as they were given', device='A device, such as `cpu` or `cuda:0`',
-    noise='The share of labels replaced, 0 to 1',
-    out='The folder of the report', s='What was typed', line='A line of text', pics='The pictures and their labels', found='What was found',
-    file='The file', df='A table', setting='Pictures, network and device of the runs', n_out='Number of classes', rng='A random generator',
-    name='What a message calls it', learn='A learner', seed='Of the draws', candidate='A candidate: a recipe, a callback or several',
-    x='A tensor', o='A tensor or a structure', f='A loss', mix='A mix', spec='The loss, described', weight='Class weights (C,), or None',
-    ignore_index='The label that does not count', reduction="'mean', 'sum' or 'none'", own='The ids of the rows, integers of any shape',
-    other="Their partners' ids, of the same shape", lam='The share of each id, floating, of the same shape')
-
 def described(sym, params):
     "A Markdown table of the parameters and of what is returned"
     docs = meanings(sym)
     def cells(p):
         default = '' if p.default is p.empty else f'`{named(p.default)}`'
-        return f'`{p.name}`', type_name(p.annotation), default, docs.get(p.name, {}).get('docment') or common.get(p.name, '')
+        return f'`{p.name}`', type_name(p.annotation), default, docs.get(p.name, {}).get('docment') or ''
     rows = [cells(p) for p in params.values()]
     back = docs.get('return') or {}
     if not inspect.isclass(sym) and back.get('docment'): rows.append(('returns', type_name(back['anno']), '', back['docment']))
