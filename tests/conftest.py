@@ -66,7 +66,8 @@ def device(request):
     return request.param
 
 # The whole suite runs in two processes, if pytest-xdist is there. A file stays together, since it may make something once for all of
-# its tests: by its name, and not by marks of groups, which workers leave out where only the controller knows of them, and under pytest 9
+# its tests: by its name, and not by a mark of a group. pytest-xdist 3.8 writes that into an item's `_nodeid`, which pytest 9.2 has no more,
+# and a worker, which reads the command line anew, does not know that groups were asked for here
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
