@@ -2,6 +2,7 @@
 from __future__ import annotations
 import contextlib
 import re
+import shutil
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,13 @@ def make_mixer(kind='labels', **kwargs):
     return MixUpCallback(at=(lambda model: [model[2]]) if kind=='place' else None, **kwargs)
 
 # What nobody may leave behind
+
+def copied(folder):
+    "A copy of the project in `folder`: what writes beside the sources, as a build and some notebooks do, does so there"
+    root = Path(__file__).parents[1]
+    made = ('.git', '.venv*', '__pycache__', '.*_cache', '.hypothesis', '*.egg-info', 'build', 'dist', 'models', 'mixup-demo',
+        '_proc', '_docs', '_site')
+    return shutil.copytree(root, folder/root.name, ignore=shutil.ignore_patterns(*made))
 
 def hooks_on(model):
     "Names of all hooks on the modules and tensors of `model`"

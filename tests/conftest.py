@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
+worker = 'PYTEST_XDIST_WORKER' in os.environ  # one of the processes in which the whole suite runs
+if worker: os.environ['OMP_NUM_THREADS'] = '1'  # of torch, which is not imported yet, and of all that a test starts: they share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would our children
 
 import pytest
@@ -63,23 +65,18 @@ def device(request):
     "The CPU, and a GPU where there is one"
     return request.param
 
-# The whole suite runs in two processes, if pytest-xdist is there; a part of it is done before another has started
-
-worker = 'PYTEST_XDIST_WORKER' in os.environ
-if worker: torch.set_num_threads(1)
+# The whole suite runs in two processes, if pytest-xdist is there. A file stays together, since it may make something once for all of
+# its tests: by its name, and not by a mark of a group. pytest-xdist 3.8 writes that into an item's `_nodeid`, which pytest 9.2 has no more,
+# and a worker, which reads the command line anew, does not know that groups were asked for here
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     whole = config.args_source is config.ArgsSource.TESTPATHS and not (config.option.markexpr or config.option.keyword)
     if whole and not worker and getattr(config.option, 'numprocesses', 0) is None:
-        vars(config.option).update(numprocesses=2, dist='loadgroup', loadscopereorder=False)
+        vars(config.option).update(numprocesses=2, dist='loadfile', loadscopereorder=False)
 
-longest = ['test_notebooks', 'test_site', 'test_distributed', 'test_nosync', 'test_faults', 'test_exits']  # first: nobody waits for them
-
-def pytest_itemcollected(item):
-    "A file stays together, since it may make something once for all of its tests; so do those that read while the notebooks run"
-    name = item.path.stem
-    item.add_marker(pytest.mark.xdist_group('tree' if name in ('test_notebooks', 'test_release') else name))
+longest = 'notebooks', 'site', 'distributed', 'nosync', 'faults', 'exits', 'demo', 'fuzz', 'benchmarks', 'long', 'release'
+longest = [f'test_{o}' for o in longest]  # first: a short file at the end keeps nobody waiting
 
 def pytest_collection_modifyitems(config, items):
     "The tests of a GPU are there only where one is; asked for, they do not pass unseen"

@@ -1,5 +1,6 @@
 """The notebooks are source, lessons and tests at once, for nbdev 3 and nbdev 2: they run, the modules are theirs, and they are clean."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from common import copied
 
 root = Path(__file__).parents[1]
 package = 'fastai_mixup_ext'
@@ -18,12 +21,26 @@ def nbdev(command, *args, cwd, **env):
     assert res.returncode==0, res.stdout
     return res.stdout
 
-def test_notebooks_run():
+def pages(part):
+    "The notebooks of a folder, or the one that stands beside the folders; those beside a `.notest` have a session of their own"
+    found = part.rglob('*.ipynb') if part.is_dir() else [part]
+    return sorted(o.name for o in found if o.suffix=='.ipynb' and not (o.parent/'.notest').exists()
+        and not any(part[0] in '._' for part in o.relative_to(root/'nbs').parts))
+
+parts = {o.name: names for o in sorted((root/'nbs').iterdir()) if (names := pages(o))}
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory): return copied(tmp_path_factory.mktemp('tree'))
+
+@pytest.mark.parametrize('part', parts)
+def test_notebooks_run(tree, part):
     "Every cell of every notebook, with the warnings of this package as errors"
     errors = [f'error:::{package}.{o.stem}' for o in (root/package).glob('[!_]*.py')]
-    out = nbdev('test', '--timing', cwd=root, MPLBACKEND='Agg', PYTHONWARNINGS=','.join(errors))
+    processes = [f"--n{'_' if nbdev2 else '-'}workers", '0'] if 'PYTEST_XDIST_WORKER' in os.environ else []  # the other runs other tests
+    out = nbdev('test', f'nbs/{part}', '--timing', *processes, cwd=tree, MPLBACKEND='Agg', PYTHONWARNINGS=','.join(errors))
     print(out)
     assert 'Success.' in out
+    assert sorted(re.findall(r'(\S+\.ipynb)(?: took|:) \d+ sec', out))==parts[part]
 
 @pytest.fixture
 def bare(tmp_path):

@@ -1,5 +1,4 @@
 """What a release would publish: the files of wheel and sdist, and the wheel at work in an environment and a folder of its own."""
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastai_mixup_ext
+from common import copied
 
 root = Path(__file__).parents[1]
 bin = Path(sys.executable).parent
@@ -25,10 +25,8 @@ def sh(*command, **kwargs):
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "A folder with the wheel and the sdist"
-    res,copy = tmp_path_factory.mktemp('dist'),tmp_path_factory.mktemp('copy')/root.name
-    left_out = '.git', '__pycache__', '.*_cache', '.hypothesis', '*.egg-info', 'build', '_proc', '_docs'
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*left_out))  # a build writes into the tree
-    sh(sys.executable, '-m', 'build', '--outdir', res, copy)
+    res = tmp_path_factory.mktemp('dist')
+    sh(sys.executable, '-m', 'build', '--outdir', res, copied(tmp_path_factory.mktemp('copy')))
     return res
 
 @pytest.fixture(scope='module')
