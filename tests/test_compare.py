@@ -308,6 +308,8 @@ def test_plot_has_a_forest_and_curves():
     forest,curves = fig.axes
     assert [t.get_text().split('\n')[0] for t in forest.get_yticklabels()]==['a', 'b']
     assert [list(line.get_ydata().round(6)) for line in curves.lines]==[[.2, .42, .82]]*3
+    bands = [sorted({round(float(y), 6) for y in o.get_paths()[0].vertices[:,1]}) for o in curves.collections]
+    assert bands==[[.2, .41, .43, .81, .83]]*3  # from the lowest of three seeds to the highest
     assert len(Comparison(dict(none=[1., 2.], a=[1., 3.])).plot().axes)==1  # nothing to draw a curve from
 
 def test_memorising_is_said_if_there_is_no_winner():
@@ -697,6 +699,53 @@ def test_costs_are_measured_for_every_candidate(tmp_path):
     c = made('pictures', tmp_path).mix_find(1, [mixup(1.), MixUp], seeds=1)
     assert c.costs['none']==1 and set(c.costs)==set(c.names) and all(0<o<100 for o in c.costs.values())
     assert all(o.seconds>0 for o in c.runs)
+
+def test_the_cost_is_taken_of_several_steps(tmp_path):
+    count = []
+    class Counts(Callback):
+        run_valid = False
+        def before_batch(self): count.append(self.train_iter)
+    made('pictures', tmp_path).mix_find(1, [Counts], seeds=1)
+    assert len(count)==4 + find.STEPS*find.ROUNDS  # an epoch, and the measurement
+
+def test_each_seed_has_draws_of_its_own_even_where_the_callback_has_a_seed(tmp_path):
+    shares = []
+    class Notes(type(mixup())):
+        def draw(self, batch):
+            mix = super().draw(batch)
+            shares.append(tuple(mix.lam.tolist()))
+            return mix
+    made('pictures', tmp_path).mix_find(1, dict(a=MixCallback(Notes(1.), seed=7)), seeds=2)
+    assert len(set(shares))>=8  # four batches of either seed; the measurement of costs draws some of them again
+
+class Draws(Callback):
+    "Notes the rows that are seen, and numbers drawn at the beginning of the training and of each batch"
+    order,run_valid = 100,False
+    def __init__(self, notes): self.notes = notes
+    def before_batch(self): self.notes[-1].append((self.x.sum().item(), np.random.rand(), random.random(), torch.rand(1).item()))
+    def before_fit(self): self.notes.append([])
+
+class Wastes(Callback):
+    "Draws what the others do not"
+    run_valid = False
+    def before_fit(self): torch.rand(7),np.random.rand(7),random.random()
+    def before_batch(self): torch.rand(3),np.random.rand(3),random.random()
+
+def test_what_a_candidate_draws_changes_no_other_draw(tmp_path):
+    class Notes(list):  # shared by the copies of a callback
+        def __deepcopy__(self, memo): return self
+    class Noisy(list):  # rows that are drawn anew whenever they are read
+        def __getitem__(self, i): return super().__getitem__(i)[0]+torch.rand(1),super().__getitem__(i)[1]
+    notes,learn = Notes(),made('pictures', tmp_path)
+    learn.dls = DataLoaders.from_dsets(Noisy(pictures()[:40]), pictures()[40:], bs=10, num_workers=0, device='cpu')
+    learn.add_cb(Draws(notes))
+    learn.mix_find(2, [Wastes], seeds=[5])
+    runs = [o for o in notes if len(o)==8]  # two epochs of four batches; the measurement of costs has six
+    assert len(runs)==2 and runs[0]==runs[1] and len(set(runs[0]))==8
+
+@pytest.mark.parametrize('seconds,words', [(.2, '1 s'), (59, '59 s'), (60, '1 min 0 s'), (59*60+1, '59 min 1 s'), (3600, '1 h 0 min'),
+    (3600*25+60*59, '25 h 59 min')])
+def test_a_duration_in_words(seconds, words): assert find._duration(seconds)==words
 
 def test_the_gap_is_between_losses_in_eval_mode_and_unmixed(tmp_path):
     set_seed(0)

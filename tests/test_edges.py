@@ -12,15 +12,16 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 from common import BS, covering, make_learner, named
-from fastai_mixup_ext import (Mix, MixUpCallback, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input, mixed_loss,
-    mixup, pairing, remix, resizemix, until, within_class)
+from fastai_mixup_ext import (Mix, MixUpCallback, Recipe, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input,
+    mixed_loss, mixup, pairing, remix, resizemix, until, within_class, without_hesitation)
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
-from fastai_mixup_ext.places import Place
+from fastai_mixup_ext.places import Place, first_rows
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
-@pytest.mark.parametrize('value', [until(.5), by_target_distance(1.), mixup(), cutmix(), fmix(), resizemix()], ids=str)
+@pytest.mark.parametrize('value', [until(.5), without_hesitation(), by_target_distance(1.), mixup(), cutmix(), fmix(),
+    resizemix()], ids=str)
 def test_a_value_does_not_change_and_is_a_key(value):
     with pytest.raises(FrozenInstanceError): setattr(value, next(iter(vars(value))), .1)
     assert {value: 1}[value]==1
@@ -148,3 +149,42 @@ def test_a_place_is_a_module_and_not_its_equal():
     model = nn.Sequential(Equal(), Equal(), nn.Flatten())
     with Place(model, model[1], lambda out: out+1) as place: assert (model(torch.zeros(2, 3))==1).all() and place.done
     with Place(model, model[2], lambda out: out+1) as place: assert (model(torch.zeros(2, 3))==1).all() and place.done
+
+@pytest.mark.parametrize('f', [F.multi_margin_loss, F.multilabel_margin_loss, F.soft_margin_loss, F.hinge_embedding_loss], ids=named)
+def test_a_keyword_leaves_a_function_known_and_an_argument_does_not(f):
+    assert is_by_row(f) and is_by_row(partial(f, reduction='sum'))
+    assert not is_by_row(partial(f, torch.zeros(2)))
+
+def test_the_memory_that_is_offered_is_used():
+    x,mix = torch.rand(4, 3),mixup(1.)(torch.rand(4, 3))
+    memory = torch.full((4, 3), torch.nan)
+    res = mix_input(x, mix, lambda t: memory)
+    assert res.data_ptr()==memory.data_ptr() and torch.equal(res, blend(x, mix))
+    assert torch.equal(mix_input(x, mix, lambda t: None), res)
+
+def test_a_part_without_rows_is_refused_at_a_place():
+    SentenceEncoder = type('SentenceEncoder', (nn.Sequential,), {})
+    model = nn.Sequential(SentenceEncoder(nn.Linear(3, 3)))
+    place = Place(model, model[0][0], lambda out: out)
+    assert place.in_parts and place.whole(torch.rand(2, 3), 5).shape==(5, 3)
+    for x in torch.rand(0, 3),torch.rand(6, 3):
+        with pytest.raises(ValueError, match='has shape .*but the batch has 5 rows'): place.whole(x, 5)
+
+def test_the_first_rows_of_a_mask_by_position():
+    "Each row's mask is cut out whole; a row whose partner is missing keeps its own by `lam`"
+    mask = torch.rand(4, 1, 5)<.5
+    mix = Mix(tensor([1,3,0,2]), torch.rand(4), mask)
+    part = first_rows(mix, 2)
+    assert torch.equal(part.mask, mask[:2]) and part.partner.tolist()==[1,1] and part.lam.tolist()==[mix.lam[0].item(), 1.]
+
+def test_counts_do_not_follow_what_they_were_made_of():
+    n = torch.ones(3)
+    counts = pairing.Counts(n)
+    n[0] = 9
+    assert counts.values.tolist()==[1., 1., 1.]
+
+def test_a_recipe_that_draws_no_mix_is_told_what_it_must():
+    class Wrong(Recipe):
+        def draw(self, batch): return batch.partner
+    says = "Wrong.draw returned a Tensor; it must return a Mix of the batch's 4 rows"
+    with pytest.raises(TypeError, match=says): Wrong()(torch.rand(4, 2))
