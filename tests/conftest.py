@@ -52,8 +52,12 @@ def defaults():
     "What is the same for all of torch, of fastai and of the process"
     return dict(dtype=torch.get_default_dtype(), device=torch.get_default_device(), grad=torch.is_grad_enabled(),
         inference=torch.is_inference_mode_enabled(), anomaly=torch.is_anomaly_enabled(), threads=torch.get_num_threads(),
-        deterministic=torch.are_deterministic_algorithms_enabled(), autocast=torch.is_autocast_enabled('cpu'),
+        deterministic=torch.are_deterministic_algorithms_enabled(), autocast=autocasts(),
         cuda=fastai_defaults.use_cuda, folder=os.getcwd())
+
+def autocasts():
+    try: return torch.is_autocast_enabled('cpu')
+    except TypeError: return torch.is_autocast_cpu_enabled()  # PyTorch before 2.4
 
 def files():
     "In the root of the project and beside the tests, but for the caches of tools"
