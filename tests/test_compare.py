@@ -743,6 +743,14 @@ def test_what_a_candidate_draws_changes_no_other_draw(tmp_path):
     runs = [o for o in notes if len(o)==8]  # two epochs of four batches; the measurement of costs has six
     assert len(runs)==2 and runs[0]==runs[1] and len(set(runs[0]))==8
 
+@pytest.mark.parametrize('epochs', [1, 2, 3, 4])
+def test_the_expected_time_is_said_once(tmp_path, capsys, epochs):
+    set_seed(7)
+    learn = digits_learner(tmp_path)
+    learn.remove_cbs(ProgressCallback)
+    learn.mix_find(epochs, [mixup(1.)], seeds=2)
+    assert capsys.readouterr().out.count(' in all')==1
+
 @pytest.mark.parametrize('seconds,words', [(.2, '1 s'), (59, '59 s'), (60, '1 min 0 s'), (59*60+1, '59 min 1 s'), (3600, '1 h 0 min'),
     (3600*25+60*59, '25 h 59 min')])
 def test_a_duration_in_words(seconds, words): assert find._duration(seconds)==words

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.losses import LabelSmoothingCrossEntropy
+from fastai.torch_core import set_seed
 from torch import nn, tensor
 from torch.testing import assert_close
 
@@ -188,3 +189,28 @@ def test_a_recipe_that_draws_no_mix_is_told_what_it_must():
         def draw(self, batch): return batch.partner
     says = "Wrong.draw returned a Tensor; it must return a Mix of the batch's 4 rows"
     with pytest.raises(TypeError, match=says): Wrong()(torch.rand(4, 2))
+
+def test_counts_are_on_the_device_that_asks():
+    counts = pairing.Counts([3, 1])
+    assert counts.on(torch.device('meta')).device.type=='meta' and counts.on(torch.device('cpu')) is counts.values
+
+def test_without_hesitation_ends_plain_wherever_it_fades():
+    for fade in .9,1.: assert [without_hesitation(.5, fade)(p) for p in (0., .5, 1.)]==[1., .5, 0.]
+
+class Copies(Callback):
+    "Puts a copy in the place of the targets, behind the mixing callback"
+    order = 1
+    def before_batch(self): self.learn.yb = tuple(y.clone() for y in self.learn.yb)
+
+class Notes(Callback):
+    order,run_valid = 2,False
+    def __init__(self): self.noted = []
+    def after_loss(self): self.noted.append(self.learn.loss.item())
+
+def test_a_copy_of_the_targets_is_still_mixed():
+    def losses(*cbs):
+        noted = Notes()
+        set_seed(0)
+        make_learner('labels', [MixUpCallback(seed=1), noted, *cbs]).fit(1)
+        return noted.noted
+    assert losses()==losses(Copies())
