@@ -82,6 +82,7 @@ def test_draws_are_on_the_device_and_come_from_its_generator(device, recipe, pai
     assert torch.equal(torch.get_rng_state(), state[0])
     assert not all(torch.equal(s, t) for s,t in zip(tensors(a), tensors(other)))
 
+@torch_27
 @each_cell
 def test_nothing_is_made_on_another_device(recipe, pair):
     "Fake tensors may be on a GPU that is not there; they refuse operations between devices, and values that the host would need"
@@ -129,6 +130,7 @@ def test_drawing_and_blending_wait_for_nothing(device, recipe, pair):
             mix = recipe(x, yb, pair=pair)
             blend(x, mix), blend(yb[1], mix)
 
+@torch_27
 @each_loss
 @each_recipe
 def test_losses_and_their_gradients_wait_for_nothing(device, recipe, f, pred, dtype, target):

@@ -37,7 +37,8 @@ def test_notebooks_run(tree, part):
     "Every cell of every notebook, with the warnings of this package as errors"
     errors = [f'error:::{package}.{o.stem}' for o in (root/package).glob('[!_]*.py')]
     processes = [f"--n{'_' if nbdev2 else '-'}workers", '0'] if 'PYTEST_XDIST_WORKER' in os.environ else []  # the other runs other tests
-    out = nbdev('test', f'nbs/{part}', '--timing', *processes, cwd=tree, MPLBACKEND='Agg', PYTHONWARNINGS=','.join(errors))
+    path = ['--path']*nbdev2 + [f'nbs/{part}']
+    out = nbdev('test', *path, '--timing', *processes, cwd=tree, MPLBACKEND='Agg', PYTHONWARNINGS=','.join(errors))
     print(out)
     assert 'Success.' in out
     assert sorted(re.findall(r'(\S+\.ipynb)(?: took|:) \d+ sec', out))==parts[part]
