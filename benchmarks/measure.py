@@ -68,7 +68,8 @@ def peak_bytes(f:Callable, device:str='cpu')->int:
         f()
         return torch.cuda.max_memory_allocated()-before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
-    changes = sorted((e.start_ns() if hasattr(e, 'start_ns') else e.start_us(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name()=='[memory]')
+    events = [e for e in prof.profiler.kineto_results.events() if e.name()=='[memory]']
+    changes = sorted((e.start_ns() if hasattr(e, 'start_ns') else e.start_us(), e.nbytes()) for e in events)
     return int(np.cumsum([0]+[n for _,n in changes]).max())
 
 class Traffic(TorchDispatchMode):

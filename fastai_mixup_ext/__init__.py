@@ -2,7 +2,7 @@
 import warnings
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _where = {  # the public names, each loaded when it is first asked for
     'callback': 'MixUpCallback CutMixCallback FMixCallback ResizeMixCallback MixCallback',

@@ -26,7 +26,8 @@ def nbdev_2():
     except PackageNotFoundError: return False
 
 # with nbdev 2: the notebooks and the code; package, README and site are made with nbdev 3
-collect_ignore = [f'test_{o}.py' for o in ('api_surface', 'evidence', 'package', 'readme', 'release', 'site', 'troubleshooting') if nbdev_2()]
+made_with_3 = 'api_surface', 'evidence', 'package', 'readme', 'release', 'site', 'troubleshooting'
+collect_ignore = [f'test_{o}.py' for o in made_with_3 if nbdev_2()]
 # other people's libraries, in an environment of their own: `.ci/run clients`
 collect_ignore += ['clients']
 
