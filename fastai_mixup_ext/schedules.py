@@ -59,7 +59,7 @@ class until:
 # %% ../nbs/api/03_schedules.ipynb #hesitation
 @dataclass(frozen=True)
 class without_hesitation:
-    "A schedule for `p`: every batch mixed, then half, then again all, fading to none ([paper](https://arxiv.org/abs/2101.04342))"
+    "A schedule for `p`: all batches, then half, then all fading to none ([paper](https://arxiv.org/abs/2101.04342))"
     half:float=.6 # Fraction of training from which one batch of two is mixed
     fade:float=.9 # Fraction from which `p` falls from 1 to 0, which it reaches at the end; >= `half`
 
