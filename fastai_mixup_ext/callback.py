@@ -153,7 +153,6 @@ class MixCallback(Callback):
 
     def after_fit(self):
         "Let go of the model too"
-        self.forget()
         self._places = None
 
     before_backward = after_backward = before_step = after_step = noop  # fastai looks for missing ones on the model
@@ -376,7 +375,6 @@ def _leave_twin(cb, learn):
     "`learn` keeps a callback like `cb`, with a state of its own"
     twin = copy(cb)
     twin._init_state()
-    twin.__dict__['_learn'] = learn
     learn.cbs[learn.cbs.index(cb)] = twin
     setattr(learn, cb.name, twin)
 

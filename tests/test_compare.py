@@ -326,6 +326,11 @@ def test_memorising_is_not_said_where_it_leads_nowhere():
     assert 'memorises' not in said([.010, .011, .009], [.011, .010, .009])
     assert 'memorises' not in said([.10, .11, .09], [.20, .211, .19]) and 'memorises' not in said([.20, .21, .19], [.10, .111, .09])
 
+def test_the_order_of_the_candidates_changes_no_figure():
+    values = dict(none=[.10, .12, .11, .13], a=[.08, .09, .09, .10], b=[.2, .1, .4, .3])
+    one,other = (figures(values={k:values[k] for k in names.split()}, baseline='none') for names in ('none a b', 'b a none'))
+    for o in 'ab': assert np.allclose(dataclasses.astuple(one.effects[o]), dataclasses.astuple(other.effects[o]))
+
 def test_directions_of_all_of_fastais_metrics():
     made = []
     for n in fastai_metrics.__all__:
@@ -742,6 +747,16 @@ def test_what_a_candidate_draws_changes_no_other_draw(tmp_path):
     learn.mix_find(2, [Wastes], seeds=[5])
     runs = [o for o in notes if len(o)==8]  # two epochs of four batches; the measurement of costs has six
     assert len(runs)==2 and runs[0]==runs[1] and len(set(runs[0]))==8
+
+def test_each_seed_has_an_order_of_its_own_where_the_loader_has_a_generator(tmp_path):
+    class Notes(list):  # shared by the copies of a callback
+        def __deepcopy__(self, memo): return self
+    notes = Notes()
+    learn = made('wrapped', tmp_path)
+    learn.add_cb(Draws(notes))
+    learn.mix_find(1, [Wastes], seeds=2)
+    rows = {tuple(o[0] for o in run) for run in notes if len(run)==4}  # an epoch has four batches
+    assert len(rows)==2
 
 @pytest.mark.parametrize('epochs', [1, 2, 3, 4])
 def test_the_expected_time_is_said_once(tmp_path, capsys, epochs):

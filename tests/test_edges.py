@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.losses import LabelSmoothingCrossEntropy
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorCategory, set_seed
+from fastai.vision.core import TensorBBox
 from torch import nn, tensor
 from torch.testing import assert_close
 
@@ -214,3 +215,9 @@ def test_a_copy_of_the_targets_is_still_mixed():
         make_learner('labels', [MixUpCallback(seed=1), noted, *cbs]).fit(1)
         return noted.noted
     assert losses()==losses(Copies())
+
+def test_boxes_are_refused_behind_another_target():
+    class Boxes(Callback):
+        order = -1
+        def before_batch(self): self.learn.yb = TensorCategory(self.yb[0]),TensorBBox(torch.rand(len(self.yb[0]), 2, 4))
+    with pytest.raises(TypeError, match='target 1 is a TensorBBox'): make_learner('labels', [MixUpCallback(), Boxes()]).fit(1)

@@ -191,3 +191,8 @@ def test_a_failing_data_set_changes_nothing():
     with pytest.raises(Exception, match='size'):
         for _ in range(9): learn.show_mixed_batch()
     assert same_states(before, random_states()) and {*kept}=={*vars(learn)}
+
+def test_a_number_is_shown_as_the_number_between():
+    pics = [(x, torch.tensor(float(i))) for i,(x,_) in enumerate(items)]
+    titles = [title for title,_ in shown(fastai_plain_learner(fixed(), pics).show_mixed_batch(max_n=6))]
+    assert {float(o) for o in titles} <= {round(.7*i+.3*j, 3) for i in range(12) for j in range(12)}
