@@ -251,7 +251,8 @@ def step(run):
 def compiled(run):
     "Draw, blend and mixed loss: compiled over not compiled"
     rows = []
-    recipes = {'mixup': mixup(), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(), 'one_of': one_of(mixup(), cutmix())}
+    recipes = {'mixup': mixup(), 'cutmix': cutmix(), 'fmix': fmix(), 'resizemix': resizemix(),
+        'one_of by row': one_of(mixup(), cutmix(), per_row=True)}  # a choice for the batch is made before the graph begins
     for shape in run.some([(64,3,32,32), (64,3,128,128)]):
         x,y,w = run.rand(*shape),run.labels(10, shape[0]),run.rand(shape[1]*4, 10).requires_grad_()
         for k,recipe in list(recipes.items())[:1 if run.quick else None]:
