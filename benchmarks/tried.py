@@ -18,10 +18,6 @@ def straight(x, mix, out):
     for i,p in enumerate(mix.partner.tolist()): torch.lerp(x[p], x[i], mix.lam[i], out=out[i])
     return out
 
-def small_pages(x, mix):
-    "A result in the pages that the allocator happens to get"
-    return x.index_select(0, mix.partner).lerp_(x, mix.lam.view(-1, *[1]*(x.dim()-1)))
-
 def bag(x, mix):
     "One pass, the rows as embeddings and `lam` as their weights: a value mixed with itself comes out rounded"
     pairs = torch.stack([torch.arange(len(x), device=x.device), mix.partner], 1)
@@ -76,9 +72,8 @@ def tried(run):
         ways = {'mix, 8 rows at a time': (by_rows(8), mix), 'mix, rows without a gather': (straight, mix),
             'cut, mask as numbers': (float_mask, cut), 'cut, as bits': (bits, cut), 'cut, slices': (slices, cut)}
         rows += _over(run, shape, {k:(lambda i, f=f, m=m: f(x, m, out), lambda i, m=m: blend(x, m, out)) for k,(f,m) in ways.items()})
-        fresh = {'small pages': small_pages, 'embedding bag': bag}
         rows += _over(run, shape, {'fresh memory': (lambda i: blend(x, mix), lambda i: blend(x, mix, out)),
-            **{f'fresh memory, {k}': (lambda i, f=f: f(x, mix), lambda i: blend(x, mix)) for k,f in fresh.items()}})
+            'fresh memory, embedding bag': (lambda i: bag(x, mix), lambda i: blend(x, mix))})
     for shape in run.some([(64,1000), (64,50000)]):
         pred,y = run.rand(*shape).requires_grad_(),run.labels(shape[1], shape[0])
         mix = mixup()(pred, y)
