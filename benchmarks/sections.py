@@ -94,19 +94,20 @@ def switch(run):
 
 def _stages(): return nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU()), First())
 def _reader(): return nn.Sequential(nn.Embedding(1000, 16), First())
+def _ids(x): return (x*1000).long()
 
 def family(run):
     "A training step with each recipe over one with mixup, on the same model"
     pictures = {'remix': lambda: MixCallback(remix(mixup(.4), torch.arange(1, 11))),
         'balanced partners': lambda: MixUpCallback(pair=balanced()), 'regmixup': lambda: MixCallback(regmixup()),
         'cutmix': lambda: MixCallback(cutmix()), 'fmix': lambda: MixCallback(fmix()), 'resizemix': lambda: MixCallback(resizemix())}
-    cases = [((64,3,128,128), First, pictures), ((64,3,128,128), _stages, {"at='stages'": lambda: MixUpCallback(at='stages')}),
-        ((64,128), _reader, {'spanmix': lambda: MixCallback(spanmix(pad=1))})]
+    cases = [((64,3,128,128), First, (), pictures),
+        ((64,3,128,128), _stages, (), {"at='stages'": lambda: MixUpCallback(at='stages')}),
+        ((64,128), _reader, (_ids, noop), {'spanmix': lambda: MixCallback(spanmix(pad=1))})]
     rows = []
-    for shape,model,ways in run.some(cases):
-        fits = {k:learner(run, shape, 3 if run.quick else 20, cb(), model()) for k,cb in {'mixup': MixUpCallback, **ways}.items()}
-        if model is _reader:
-            for o in fits.values(): o.dls.loaders[0] = [((x*1000).long(),y) for x,y in o.dls.train]
+    for shape,model,types,ways in run.some(cases):
+        fits = {k:learner(run, shape, 3 if run.quick else 20, cb(), model(), types)
+            for k,cb in {'mixup': MixUpCallback, **ways}.items()}
         took = run.time({k:lambda i, o=o: o.fit(1) for k,o in fits.items()}, least=0, settle=True)
         rows += [dict(batch=name(shape), who=k, **spread(took[k]/took['mixup'], 'time/mixup')) for k in ways]
     return {'family': rows}

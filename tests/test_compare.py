@@ -723,6 +723,10 @@ def test_each_seed_has_draws_of_its_own_even_where_the_callback_has_a_seed(tmp_p
     made('pictures', tmp_path).mix_find(1, dict(a=MixCallback(Notes(1.), seed=7)), seeds=2)
     assert len(set(shares))>=8  # four batches of either seed; the measurement of costs draws some of them again
 
+class Notes(list):
+    "Shared by the copies of a callback"
+    def __deepcopy__(self, memo): return self
+
 class Draws(Callback):
     "Notes the rows that are seen, and numbers drawn at the beginning of the training and of each batch"
     order,run_valid = 100,False
@@ -737,8 +741,6 @@ class Wastes(Callback):
     def before_batch(self): torch.rand(3),np.random.rand(3),random.random()
 
 def test_what_a_candidate_draws_changes_no_other_draw(tmp_path):
-    class Notes(list):  # shared by the copies of a callback
-        def __deepcopy__(self, memo): return self
     class Noisy(list):  # rows that are drawn anew whenever they are read
         def __getitem__(self, i): return super().__getitem__(i)[0]+torch.rand(1),super().__getitem__(i)[1]
     notes,learn = Notes(),made('pictures', tmp_path)
@@ -749,8 +751,6 @@ def test_what_a_candidate_draws_changes_no_other_draw(tmp_path):
     assert len(runs)==2 and runs[0]==runs[1] and len(set(runs[0]))==8
 
 def test_each_seed_has_an_order_of_its_own_where_the_loader_has_a_generator(tmp_path):
-    class Notes(list):  # shared by the copies of a callback
-        def __deepcopy__(self, memo): return self
     notes = Notes()
     learn = made('wrapped', tmp_path)
     learn.add_cb(Draws(notes))
