@@ -124,26 +124,31 @@ def _bad(name, t, rule):
 # %% ../nbs/api/01_mix.ipynb #blend-parts
 def _mixed(x, mix, out):
     "The blend of `x`, which is plain and dense"
-    own = over = mix.over(x)
-    partner = mix.partner
-    if over is None:
-        own = mix.share(x)
-        partner = mix.giver()
+    own,partner = mix.share(x),mix.partner
+    boxed = mix.box is not None and mix.over(x) is not None
     if own.dtype!=torch.bool and not _interpolates(x):
         raise TypeError(f"blend: {x.dtype} values can't be interpolated; "
             "make them floating, or mix where they become numbers (an embedding's output)")
     pure = torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled()
-    if mix.box is not None and over is not None: other = _shrunk(x[partner], mix.box)
+    if boxed: other = _shrunk(x[partner], mix.box)
     elif pure: other = x[partner]
     elif out is None and x.is_contiguous(): other = x.index_select(0, partner)
     else:  # `out` decides the memory format
         other = torch.index_select(x, 0, partner, out=torch.empty_like(x) if out is None else out)
-    if mix.box is not None and other.stride()!=x.stride(): other = torch.empty_like(x).copy_(other)  # channels last
-    res = _select(x, other, own, pure) if own.dtype==torch.bool else _lerp(x, other, own)
-    if over is not None and own.dtype!=torch.bool: res = torch.where(own==1, x, res)  # even beside what is not finite
+    if boxed and other.stride()!=x.stride(): other = torch.empty_like(x).copy_(other)  # channels last
+    if own.dtype==torch.bool: res = _select(x, other, own, pure)
+    else:
+        res,whole = _lerp(x, other, own),own==1
+        if _any(whole): res = _select(x, res, whole, pure)  # to the last bit, even what is not finite
     return res if out is None or res is out else out.copy_(res)
 
 def _interpolates(x): return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8
+
+def _any(keep):
+    "Is one of them true? If the host can't know, or would have to wait, it is assumed"
+    if keep.device.type!='cpu' or torch.compiler.is_compiling(): return True
+    try: return bool(keep.any())
+    except RuntimeError: return True  # under vmap each copy has an answer of its own
 
 def _select(x, other, own, pure):
     "`x` where `own` is true, else `other`; into the memory of `other` where nobody differentiates"
@@ -156,7 +161,9 @@ def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
     kind = lerp_dtype(x)
     if own.dtype!=kind: own = own.to(kind)
-    if x.dtype==kind: return other.lerp_(x, own)
+    if x.dtype==kind:
+        try: return other.lerp_(x, own)
+        except RuntimeError: return torch.lerp(other, x, own)  # under vmap `other` may be one for all shares
     res = other.to(kind).lerp_(x.to(kind), own)
     return (res if x.is_floating_point() else res.round_()).to(x.dtype)
 

@@ -139,6 +139,27 @@ def test_what_keeps_all_is_as_it_was_beside_what_is_not_finite(dtype, where, gra
         assert torch.equal(res[0], x[0])
     assert torch.equal(mix_input((x, x.real), mix)[1][0], x[0].real)
 
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
+@pytest.mark.parametrize('where', ['lam','share','position'])
+@pytest.mark.parametrize('grad', [False,True])
+def test_what_keeps_all_is_as_it_was_even_if_that_is_not_finite(dtype, where, grad):
+    "Row 0 keeps all of its own, row 1 half"
+    x = torch.randn(2, 3, 4).to(dtype)
+    x[0,0,:3] = tensor(bad)
+    part = tensor([1.,.5])
+    mask = dict(lam=None, share=part, position=part.view(2, 1, 1).expand(2, 1, 4))[where]
+    mix = Mix(tensor([1,0]), part if where=='lam' else tensor([.5,.5]), mask)
+    x.requires_grad_(grad)
+    res = blend(x, mix)
+    torch.testing.assert_close(res[0], x[0], rtol=0, atol=0, equal_nan=True)
+    assert res.isfinite().all(1).tolist()==[[False,False,False,True]]*2
+    if grad: assert torch.autograd.grad(res[0].real[:,3].sum(), x)[0].isfinite().all()
+
+def test_under_vmap_and_beside_what_is_not_finite():
+    x,lams = tensor([[torch.inf],[2.]]),tensor([[1.,0.],[.5,1.]])
+    got = torch.func.vmap(lambda lam: blend(x, Mix(tensor([1,0]), lam)))(lams)
+    assert got[0,0]==torch.inf and got[1,1]==2
+
 def test_scratch_is_for_the_cpu(): assert Scratch().like(torch.empty(600, 1000, device='meta')) is None
 
 class Equal(nn.Module):
