@@ -160,7 +160,7 @@ def kept_pairs(kept): return [Pair(**o) for o in kept['comparisons']]
 def plain_number(v): return f'{v:.0f}' if abs(v)>=10 else f'{v:.2g}'
 
 def rows_of(pairs):
-    "The cells of the table: means, difference with its interval, p, band, and what the seeds could have shown"
+    "The cells of the table: means, difference with its interval, p, verdict, and what the seeds could have shown"
     for o,p,verdict,least in zip(pairs, corrected(pairs), bands(pairs), visible(pairs)):
         e = o.effect
         e = replace(e, mean=e.mean if abs(e.mean)>1e-6*np.mean(o.plain) else 0.)  # rounding
@@ -172,11 +172,11 @@ def result(name):
     "What is kept of a page: verdict, table, and the size of effect that could have been seen"
     kept = load(name)
     pairs,least = kept_pairs(kept), visible(kept_pairs(kept))
-    head = kept['measure'], *kept['columns'], 'difference, 95 % interval', 'p (Holm)', 'band', 'smallest visible'
-    words = f'{len(pairs[0].plain)} seeds, paired; mean ± standard deviation. With a chance of 80 % they show a true difference of'
-    words += f' {plain_number(min(least))} in the steadiest comparison, of {plain_number(max(least))} in the noisiest.'
+    head = kept['measure'], *kept['columns'], 'difference, 95 % interval', 'p (Holm)', 'verdict', 'smallest visible'
+    words = f'{len(pairs[0].plain)} seeds, paired; mean ± standard deviation. In 8 of 10 such experiments they call a true difference clear'
+    words += f' if it is {plain_number(min(least))} or more in the steadiest comparison, {plain_number(max(least))} in the noisiest.'
     words = f"**{kept['claim']}: {overall(pairs)}.**\n\n{table(head, rows_of(pairs)).data}\n\n{words}"
-    return Markdown(words.replace('difference of 0 in', 'difference of any size in'))
+    return Markdown(words.replace('if it is 0 or more', 'if it is above 0'))
 
 def lines(names):
     "A label, a change and a band for each comparison that is kept under `names`"
@@ -198,7 +198,7 @@ def forest(*names):
     labels = [o.get_text().partition('\n')[0] for o in ax.get_yticklabels()]
     ax.set_yticks(range(len(labels)), labels, fontsize=7 if many else 8)
     if max(abs(o.high) for _,o,_ in found)>200: log_scale(ax)
-    ax.set_xlabel('change in % of the mean without mixing; ← better')
+    ax.set_xlabel('change in % of what it is compared with; ← better')
     return show(fig, 24 if many else 32)
 
 def log_scale(ax):
