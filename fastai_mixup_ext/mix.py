@@ -124,8 +124,9 @@ def _bad(name, t, rule):
 # %% ../nbs/api/01_mix.ipynb #blend-parts
 def _mixed(x, mix, out):
     "The blend of `x`, which is plain and dense"
-    own,partner = mix.share(x),mix.partner
-    boxed = mix.box is not None and mix.over(x) is not None
+    own,over = mix.share(x),mix.over(x)
+    partner = mix.giver() if over is None else mix.partner
+    boxed = mix.box is not None and over is not None
     if own.dtype!=torch.bool and not _interpolates(x):
         raise TypeError(f"blend: {x.dtype} values can't be interpolated; "
             "make them floating, or mix where they become numbers (an embedding's output)")
@@ -139,16 +140,16 @@ def _mixed(x, mix, out):
     if own.dtype==torch.bool: res = _select(x, other, own, pure)
     else:
         res,whole = _lerp(x, other, own),own==1
-        if _any(whole): res = _select(x, res, whole, pure)  # to the last bit, even what is not finite
+        if over is not None or _spreads(x, whole): res = _select(x, res, whole, pure)
     return res if out is None or res is out else out.copy_(res)
 
 def _interpolates(x): return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8
 
-def _any(keep):
-    "Is one of them true? If the host can't know, or would have to wait, it is assumed"
-    if keep.device.type!='cpu' or torch.compiler.is_compiling(): return True
-    try: return bool(keep.any())
-    except RuntimeError: return True  # under vmap each copy has an answer of its own
+def _spreads(x, whole):
+    "May a whole row hold what is not finite? A sum can't keep that: `inf-inf` is NaN. An accelerator is not waited for"
+    if x.device.type!='cpu' or torch.compiler.is_compiling(): return True
+    try: return bool(whole.any()) and not x.sum(dtype=lerp_dtype(x)).isfinite()
+    except RuntimeError: return True  # under vmap there is an answer for each copy
 
 def _select(x, other, own, pure):
     "`x` where `own` is true, else `other`; into the memory of `other` where nobody differentiates"
@@ -161,9 +162,7 @@ def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
     kind = lerp_dtype(x)
     if own.dtype!=kind: own = own.to(kind)
-    if x.dtype==kind:
-        try: return other.lerp_(x, own)
-        except RuntimeError: return torch.lerp(other, x, own)  # under vmap `other` may be one for all shares
+    if x.dtype==kind: return other.lerp_(x, own)
     res = other.to(kind).lerp_(x.to(kind), own)
     return (res if x.is_floating_point() else res.round_()).to(x.dtype)
 

@@ -155,6 +155,7 @@ def test_what_keeps_all_is_as_it_was_even_if_that_is_not_finite(dtype, where, gr
     assert res.isfinite().all(1).tolist()==[[False,False,False,True]]*2
     if grad: assert torch.autograd.grad(res[0].real[:,3].sum(), x)[0].isfinite().all()
 
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
 def test_under_vmap_and_beside_what_is_not_finite():
     x,lams = tensor([[torch.inf],[2.]]),tensor([[1.,0.],[.5,1.]])
     got = torch.func.vmap(lambda lam: blend(x, Mix(tensor([1,0]), lam)))(lams)
