@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.script import call_parse
+from .measure import busy
 from .plots import draw_plots
 from .sections import Run, apart, budgets, measured, sections
 
@@ -29,20 +30,22 @@ def main(
     device:str='cuda' if torch.cuda.is_available() else 'cpu', # cpu or cuda
     threads:int=torch.get_num_threads(), # On the CPU; 1 measures processor time, for a machine that is busy
     rounds:int=25, # Figures taken of each contender
-    out:Path=None # Folder for results.json and the plots; by default here, for a GPU in `cuda`
+    beside:int=0, # Other programs that copy memory meanwhile: what does load do to the ratios?
+    out:Path=None # Folder for results.json and the plots; by default here, for a GPU in `cuda`, with others beside in `busy`
 ):
     "Measure what mixing costs, beside every peer"
     chosen = only.split(',') if only else list(sections)
     unknown = set(chosen)-set(sections)
     if unknown: raise SystemExit(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
     run = Run(device, 2 if quick else rounds, quick)
-    out = out or (here if device=='cpu' else here/device)
+    out = out or (here/device if device!='cpu' else here/'busy' if beside else here)
     out.mkdir(parents=True, exist_ok=True)
     path = out/'results.json'
     results = json.loads(path.read_text()) if only and path.exists() else {}
     failed = []
     for k in chosen:
-        try: tables,where = (measured if quick else apart)(k, run, threads)
+        try:
+            with busy(beside): tables,where = (measured if quick else apart)(k, run, threads)
         except Exception:  # a machine with a GPU is lent for minutes: the other sections go on
             failed.append(k)
             traceback.print_exc()

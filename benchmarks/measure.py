@@ -1,6 +1,7 @@
 """How everything here is measured: alternately, so that each figure is a ratio within one run"""
-import os, platform
+import os, platform, subprocess, sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter, process_time, strftime
 import numpy as np
@@ -45,6 +46,19 @@ def alternate(
             if settle: f(r*many[k])
             took[k].append(clock(f, range(r*many[k], (r+1)*many[k]), device))
     return {k:np.array(v[warm:]) for k,v in took.items()}
+
+@contextmanager
+def busy(
+    programs:int # How many
+):
+    "With other programs beside us that copy memory all the time"
+    copies = 'import torch; torch.set_num_threads(1); x = torch.rand(2**22)\nwhile True: x = x.clone()'
+    beside = [subprocess.Popen([sys.executable, '-c', copies]) for _ in range(programs)]
+    try: yield
+    finally:
+        for o in beside:
+            o.kill()
+            o.wait()
 
 def spread(
     values, # One per round
