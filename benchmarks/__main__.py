@@ -55,5 +55,5 @@ def main(
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
     if rows := budgets(results, run.device): _tell(results, 'budgets', budgets.__doc__, rows)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n')
-    draw_plots(results, out)
+    if not beside: draw_plots(results, out)
     if failed: raise SystemExit(f"failed: {', '.join(failed)}")

@@ -54,7 +54,7 @@ def busy(
     "With other programs beside us that copy memory all the time"
     copies = 'import torch; torch.set_num_threads(1); x = torch.rand(2**22)\nwhile True: x = x.clone()'
     beside = [subprocess.Popen([sys.executable, '-c', copies]) for _ in range(programs)]
-    try: yield
+    try: yield beside
     finally:
         for o in beside:
             o.kill()

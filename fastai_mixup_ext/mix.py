@@ -124,8 +124,8 @@ def _bad(name, t, rule):
 # %% ../nbs/api/01_mix.ipynb #blend-parts
 def _mixed(x, mix, out):
     "The blend of `x`, which is plain and dense"
-    own,over = mix.share(x),mix.over(x)
-    partner = mix.giver() if over is None else mix.partner
+    over = mix.over(x)
+    own,partner = (mix.share(x),mix.giver()) if over is None else (over,mix.partner)
     boxed = mix.box is not None and over is not None
     if own.dtype!=torch.bool and not _interpolates(x):
         raise TypeError(f"blend: {x.dtype} values can't be interpolated; "

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.measure import busy
 from benchmarks.sections import budgets, sections
 from common import torch_27
 
@@ -34,6 +35,12 @@ def test_budgets_of_a_gpu():
     step = [{'batch': '512×3×32×32', 'who': k, 'time/none': v} for k,v in dict(none=1., fastai=1.1, ours=1.004).items()]
     rows = budgets(dict(mixing=dict(rows=mixing), step=dict(rows=step)), 'cuda')
     assert [(o['budget'], o['met']) for o in rows]==[(1.01, 'yes'), (1.3, 'yes'), (1.3, 'missed'), (1.1, 'missed')]
+
+def test_programs_beside_run_and_end():
+    with pytest.raises(KeyboardInterrupt), busy(2) as beside:
+        assert [o.poll() for o in beside]==[None, None]
+        raise KeyboardInterrupt
+    assert None not in [o.poll() for o in beside]
 
 def test_unknown_section():
     with pytest.raises(SystemExit, match='no such section: fastest; there are callback, '): main(only='fastest')
