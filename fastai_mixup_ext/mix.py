@@ -149,7 +149,9 @@ def _spreads(x, whole):
     "May a whole row hold what is not finite? A sum can't keep that: `inf-inf` is NaN. An accelerator is not waited for"
     if x.device.type!='cpu' or torch.compiler.is_compiling(): return True
     try: return bool(whole.any()) and not x.sum(dtype=lerp_dtype(x)).isfinite()
-    except RuntimeError: return True  # under vmap there is an answer for each copy
+    except RuntimeError as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+        return True  # under vmap there is an answer for each copy
 
 def _select(x, other, own, pure):
     "`x` where `own` is true, else `other`; into the memory of `other` where nobody differentiates"
