@@ -28,6 +28,7 @@ def pages(part):
         and not any(part[0] in '._' for part in o.relative_to(root/'nbs').parts))
 
 parts = {o.name: names for o in sorted((root/'nbs').iterdir()) if (names := pages(o))}
+drafts = 'upstream.ipynb'  # patches of the newest fastai, which an older one does not fit
 
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory): return copied(tmp_path_factory.mktemp('tree'))
@@ -37,11 +38,11 @@ def test_notebooks_run(tree, part):
     "Every cell of every notebook, with the warnings of this package as errors"
     errors = [f'error:::{package}.{o.stem}' for o in (root/package).glob('[!_]*.py')]
     processes = [f"--n{'_' if nbdev2 else '-'}workers", '0'] if 'PYTEST_XDIST_WORKER' in os.environ else []  # the other runs other tests
-    path = ['--path']*nbdev2 + [f'nbs/{part}']
+    path = ['--path', f'nbs/{part}', '--skip_file_glob', drafts] if nbdev2 else [f'nbs/{part}']
     out = nbdev('test', *path, '--timing', *processes, cwd=tree, MPLBACKEND='Agg', PYTHONWARNINGS=','.join(errors))
     print(out)
     assert 'Success.' in out
-    assert sorted(re.findall(r'(\S+\.ipynb)(?: took|:) \d+ sec', out))==parts[part]
+    assert sorted(re.findall(r'(\S+\.ipynb)(?: took|:) \d+ sec', out))==[o for o in parts[part] if not (nbdev2 and o==drafts)]
 
 @pytest.fixture
 def bare(tmp_path):
