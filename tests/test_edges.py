@@ -124,9 +124,14 @@ def test_a_recipe_mixes_dense_rows(x):
 
 bad = torch.inf,-torch.inf,torch.nan
 
-@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
-@pytest.mark.parametrize('where', ['lam','share','position'])
-@pytest.mark.parametrize('grad', [False,True])
+def each_share(test):
+    "For values of every kind, a share wherever it may stand, and with a gradient or without"
+    dtypes = torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64
+    for name,values in dict(dtype=dtypes, where=['lam','share','position'], grad=[False,True]).items():
+        test = pytest.mark.parametrize(name, values, ids=str)(test)
+    return test
+
+@each_share
 def test_what_keeps_all_is_as_it_was_beside_what_is_not_finite(dtype, where, grad):
     "Row 0 keeps all of its own, row 1 is bad"
     x = torch.randn(2, 3, 4).to(dtype)
@@ -139,9 +144,7 @@ def test_what_keeps_all_is_as_it_was_beside_what_is_not_finite(dtype, where, gra
         assert torch.equal(res[0], x[0])
     assert torch.equal(mix_input((x, x.real), mix)[1][0], x[0].real)
 
-@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64,torch.complex64], ids=str)
-@pytest.mark.parametrize('where', ['lam','share','position'])
-@pytest.mark.parametrize('grad', [False,True])
+@each_share
 def test_what_keeps_all_is_as_it_was_even_if_that_is_not_finite(dtype, where, grad):
     "Row 0 keeps all of its own, row 1 half"
     x = torch.randn(2, 3, 4).to(dtype)
