@@ -95,13 +95,15 @@ class SameDraws(Callback):
     order,run_valid = .5,False  # mixing callbacks are at 0
     def __init__(self,
         seed:int # Of the run
-    ): self.seed = seed
+    ):
+        alone = hasattr(torch, 'accelerator') and not torch.accelerator.is_available()  # is the CPU all there is?
+        self.seed,self.seed_torch = seed,torch.default_generator.manual_seed if alone else torch.manual_seed
 
     def _reseed(self, phase):
         seed = (self.seed*1_000_003 + 2*self.learn.train_iter + phase) % 2**32
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        self.seed_torch(seed)  # `manual_seed` formats a traceback for each kind of device that is missing
 
     def before_train(self): self._reseed(1)  # the order of the rows, and the first batch
     def before_batch(self): self._reseed(0)  # what the model draws

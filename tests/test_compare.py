@@ -579,6 +579,19 @@ def test_a_pair_has_the_same_batches_and_draws(how):
     for s in (0, 1): assert len(draws['none', s])==16 and all(draws[n, s]==draws['none', s] for n in ALL)
     assert not set(draws['none', 0]) & set(draws['none', 1]) and len(set(draws['none', 0]))==16
 
+@pytest.mark.skipif(not hasattr(torch, 'accelerator'), reason='before PyTorch 2.6 every kind of device is seeded')
+@pytest.mark.parametrize('there', [True, False])
+def test_an_accelerator_is_seeded_where_there_is_one(monkeypatch, there):
+    "Beside the CPU's generator, whose draws are those of `torch.manual_seed`"
+    seeds,seed_all = [],torch.manual_seed
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: there)
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: seeds.append(seed) or seed_all(seed))
+    cb = find.SameDraws(3)
+    cb.learn = types.SimpleNamespace(train_iter=5)
+    cb.before_batch()
+    drawn,seed = torch.rand(4),3*1_000_003 + 2*5
+    assert seeds==[seed]*there and torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+
 def test_each_run_starts_at_the_present_weights(tmp_path):
     learn,starts = made('pictures', tmp_path),[]
     def fit(learn):
