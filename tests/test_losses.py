@@ -275,6 +275,12 @@ def test_the_papers_formula(f):
     assert_close(loss, .7*F.cross_entropy(pred, y)+.3*F.cross_entropy(pred, y[mix.partner]), check_dtype=False)
     assert not is_by_row(f)
 
+def test_a_known_loss_may_have_further_targets():
+    "`F.cross_entropy` takes class weights as the second: here one for each of five rows, mixed as a target is"
+    pred,y,w,partner = torch.randn(5, 5).double(),tensor([0,3,1,1,4]),torch.rand(5).double(),tensor([1,2,0,4,3])
+    loss = mixed_loss(F.cross_entropy, pred, (y, w), Mix(partner, torch.full((5,), .7)))
+    assert_close(loss, .7*F.cross_entropy(pred, y, w)+.3*F.cross_entropy(pred, y[partner], w[partner]))
+
 def test_a_loss_that_can_not_be_hashed_is_right_too():
     pred,y = draw('n')
     assert_close(mixed_loss(Called(), pred, y, even), .7*F.cross_entropy(pred, y)+.3*F.cross_entropy(pred, y[mix.partner]))

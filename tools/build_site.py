@@ -4,7 +4,7 @@ nbdev prepares the notebooks, smalldocs renders them, and `SelfContained` sees t
 style or font comes from elsewhere. Quarto users get the same pages from the same notebooks and `nbs/_quarto.yml` with `nbdev-docs`.
 
 The order of the pages is the sidebar of `nbs/_quarto.yml`. A page that it lists and that is not written yet is left out."""
-import html, os, re, sys, warnings
+import gc, html, os, re, sys, warnings
 from base64 import b64decode
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -239,6 +239,8 @@ def main(
     "Build the documentation site, and fail on any unexpected warning"
     out = out.resolve()
     os.chdir(root)
-    if problems := build(out): sys.exit('\n'.join(problems))
+    problems = build(out)
+    gc.freeze()  # at the end each notebook's shell looks through all the memory for garbage, which took longer than the site
+    if problems: sys.exit('\n'.join(problems))
     print(f'wrote {out}')
     if serve: serve_site(out, port)

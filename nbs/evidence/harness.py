@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fastai_mixup_ext import MixUpCallback
+from fastai_mixup_ext import MixUpCallback, find
 from fastai_mixup_ext.compare import GAIN, LOSS, UNSURE, plot_forest
 from fastai_mixup_ext.effects import Effect, holm, paired, smallest_effect
 
@@ -27,6 +27,8 @@ full = os.environ.get('MIXUP_EVIDENCE')=='full'
 results = Path(__file__).parent/'results'
 
 def pick(whole, quick): return whole if full else quick
+
+find.ROUNDS = pick(find.ROUNDS, 3)  # of the measurement of costs
 
 # Data and networks
 
