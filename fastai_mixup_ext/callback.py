@@ -166,7 +166,6 @@ class MixCallback(Callback):
     def mix(self, mix):
         check_mix(mix, 'mix')
         b = self._batch
-        self._give_back()
         own = b.own if b.mix is not None else self.learn.yb
         b.mix = mix
         self._pair(own)

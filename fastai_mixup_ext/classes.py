@@ -105,7 +105,7 @@ def _aligned(spec, pred, sources):
     if d<2 or pred.numel()==0 or any(y.dtype==torch.bool for y in labels) or not -d<=axis<d: return None
     axis %= d
     pos = pred.shape[:axis]+pred.shape[axis+1:]
-    if spec.flat and not (labels[0].shape==pos and (d<5 or axis==d-1)):
+    if spec.flat and not (labels[0].shape==pos and (d<5 or axis==d-1)):  # of five axes fastai pairs positions otherwise
         flat = [_flat(y, spec.axis) for y in labels]
         if flat[0].numel()*pred.shape[axis]!=pred.numel(): return None
         shares = [_flat(_by_position(s, y.shape), spec.axis) for s,y in zip(shares, labels)]

@@ -288,6 +288,27 @@ def test_a_loss_that_can_not_be_hashed_is_right_too():
 
 # ---- laws
 
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(reduction='none'), nn.MultiMarginLoss(reduction='none')], ids=named)
+def test_a_loss_that_comes_from_a_file_is_the_same(f):
+    "Its reduction is another object than the string in the code"
+    pred,y = draw('n')
+    assert_close(mixed_loss(pickle.loads(pickle.dumps(f)), pred, y, mix), mixed_loss(f, pred, y, mix), rtol=0, atol=0)
+
+def test_while_its_values_are_taken_the_loss_itself_keeps_its_reduction():
+    seen = []
+    class Peeks(nn.CrossEntropyLoss):
+        def forward(self, pred, y):
+            seen.append((self.reduction, f.reduction))
+            return super().forward(pred, y)
+    f = by_row(Peeks())
+    mixed_loss(f, *draw('n'), mix)
+    assert seen==[('none', 'mean')]*2
+
+def test_a_mask_that_does_not_lie_over_a_target_names_it():
+    cut = Mix(mix.partner, lams, torch.rand(n, 1, 4, 3)<.5)
+    with pytest.raises(ValueError, match=r"target 1: a tensor of shape \(6, 5, 3\) .*use mixup, which needs no positions"):
+        mixed_loss(nn.CrossEntropyLoss(), torch.randn(n, C), (tensor([0]*n), torch.randint(2, (n,5,3))), cut)
+
 @pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weight),
     nn.CrossEntropyLoss(weight=weight, label_smoothing=.1), nn.CrossEntropyLoss(ignore_index=2, reduction='sum'),
     CrossEntropyLossFlat(weight=w32), LabelSmoothingCrossEntropyFlat(weight=w32), LabelSmoothingCrossEntropy(reduction='none'),
