@@ -304,6 +304,12 @@ def test_while_its_values_are_taken_the_loss_itself_keeps_its_reduction():
     mixed_loss(f, *draw('n'), mix)
     assert seen==[('none', 'mean')]*2
 
+def test_a_share_for_each_position_of_a_series_of_signs():
+    pred,y,mask = torch.randn(n, 7).double(),2*torch.randint(2, (n,7))-1,torch.rand(n, 1, 7).double()
+    loss = mixed_loss(nn.SoftMarginLoss(), pred, y, Mix(mix.partner, mask.mean((1,2)), mask))
+    share,other = mask[:,0],y[mix.partner]
+    assert_close(loss, (share*(-y*pred).exp().log1p() + (1-share)*(-other*pred).exp().log1p()).mean())
+
 def test_a_mask_that_does_not_lie_over_a_target_names_it():
     cut = Mix(mix.partner, lams, torch.rand(n, 1, 4, 3)<.5)
     with pytest.raises(ValueError, match=r"target 1: a tensor of shape \(6, 5, 3\) .*use mixup, which needs no positions"):

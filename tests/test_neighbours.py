@@ -80,6 +80,26 @@ def test_targets_set_anew_behind_ours_are_left_alone(kind):
     learn.fit(1, cbs=[Anew(), right])
     assert right.seen==[True]*2
 
+def test_targets_that_are_no_tensors_are_left_alone_too():
+    class Words(Callback):
+        order = 5
+        def before_batch(self): self.learn.yb = ('some words',)
+    told = []
+    def loss_func(pred, text):
+        told.append(text)
+        return pred.square().mean()
+    make_learner(cbs=[MixUpCallback()], loss_func=loss_func).fit(1, cbs=Words())
+    assert {*told}=={'some words'}
+
+def test_a_callback_that_is_kept_does_not_keep_the_model():
+    learn = make_learner('place', [cb := make_mixer('place')])
+    learn.fit(1)
+    learn.remove_cb(cb)
+    ref = weakref.ref(learn.model)
+    del learn
+    gc.collect()
+    assert ref() is None
+
 @pytest.mark.parametrize('kind', [L, list, tuple])
 def test_any_sequence_as_inputs(kind):
     class Recast(Callback):

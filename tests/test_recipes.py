@@ -335,6 +335,14 @@ def test_per_batch():
         assert mix.mask is None or len(mix.mask)==1
         assert mix.box is None or len(mix.box)==1
 
+def test_per_batch_refuses_a_mix_of_its_own_kind():
+    "Its further shares would be lost"
+    class Several(Mix): pass
+    class Draws(Recipe):
+        def draw(self, batch): return Several(batch.partner, torch.ones(len(batch)))
+    with pytest.raises(TypeError, match="draws a Several, which can't get one share for the batch; use a loss that is taken apart"):
+        per_batch(Draws())(rows(4))
+
 @pytest.mark.parametrize('args,kw,error,says', [((),{},TypeError,'needs two or more recipes'), ((mixup(),),{},TypeError,'two or more'),
     ((mixup(),cutmix),{},TypeError,'one_of'),
     ((mixup(),cutmix()),dict(weights=[1]),ValueError,'one entry for each of the 2'),
