@@ -96,14 +96,15 @@ class SameDraws(Callback):
     def __init__(self,
         seed:int # Of the run
     ):
-        alone = hasattr(torch, 'accelerator') and not torch.accelerator.is_available()  # is the CPU all there is?
-        self.seed,self.seed_torch = seed,torch.default_generator.manual_seed if alone else torch.manual_seed
+        self.seed = seed
+        self.alone = hasattr(torch, 'accelerator') and not torch.accelerator.is_available()  # is the CPU all there is?
 
     def _reseed(self, phase):
         seed = (self.seed*1_000_003 + 2*self.learn.train_iter + phase) % 2**32
         random.seed(seed)
         np.random.seed(seed)
-        self.seed_torch(seed)  # `manual_seed` formats a traceback for each kind of device that is missing
+        # `torch.manual_seed` formats a traceback for each kind of device that is missing
+        (torch.default_generator if self.alone else torch).manual_seed(seed)
 
     def before_train(self): self._reseed(1)  # the order of the rows, and the first batch
     def before_batch(self): self._reseed(0)  # what the model draws

@@ -11,7 +11,6 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import ThreadingHTTPServer
 from io import BytesIO
-from itertools import groupby
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urldefrag
@@ -301,15 +300,15 @@ def axe(page, kinds, context=None, **options):
     res = Axe().run(page, context=context, options=dict(resultTypes=kinds, **options)).response
     return [[(o, n) for o in res[kind] for n in o['nodes']] for kind in kinds]
 
-def part_of(page): return next((o for o in ('api', 'evidence') if page.startswith(f'{o}/')), 'others')
+def part_of(page): return page.split('/')[0] if page.startswith(('api/', 'evidence/')) else 'others'
 
 @pytest.mark.parametrize('part', ['api', 'evidence', 'others'])
 def test_accessible(browser, site, part):
     "All of axe's rules but that of contrast, which is the one that another theme changes"
-    found,parts = [],{k: [*v] for k,v in groupby(sorted(site.pages, key=part_of), part_of)}
-    assert {*parts}=={'api', 'evidence', 'others'}
+    found,pages = [],[o for o in site.pages if part_of(o)==part]
+    assert pages
     with tab(browser, viewport=desk, color_scheme='light') as page:
-        for o in parts[part]:
+        for o in pages:
             page.goto(site.url + o)
             bad, = axe(page, ['violations'], rules={'color-contrast': dict(enabled=False)})
             found += [f"{o}: {v['id']}: {n['html'][:150]}" for v,n in bad if v['impact'] in ('serious', 'critical')]
