@@ -205,6 +205,7 @@ def test_search_finds_and_opens(browser, site, size):
         page.goto(site.url)
         if size is phone: page.get_by_label('Toggle navigation').click()
         page.get_by_label('Search', exact=True).fill('MixUpCallback')
+        page.wait_for_load_state('networkidle')  # once the index is there the results are written anew: a click before that may be lost
         page.locator('.search-result').first.click()
         page.wait_for_url('**/api/*.html#mixupcallback')
         expect(page.locator('h3#mixupcallback')).to_be_in_viewport()
