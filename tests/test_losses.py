@@ -304,6 +304,16 @@ def test_while_its_values_are_taken_the_loss_itself_keeps_its_reduction():
     mixed_loss(f, *draw('n'), mix)
     assert seen==[('none', 'mean')]*2
 
+@pytest.mark.parametrize('f', [F.nll_loss, nn.NLLLoss()], ids=named)
+def test_log_probabilities_are_taken_as_they_come(f):
+    "Also where they do not add up to one"
+    pred,y = draw('n')
+    assert_close(mixed_loss(f, pred, y, even), .7*f(pred, y)+.3*f(pred, y[mix.partner]))
+
+def test_one_row_has_any_number_of_values():
+    pred,y = torch.randn(1, 3),tensor([[1,-1,1]])
+    assert_close(mixed_loss(nn.SoftMarginLoss(), pred, y, Mix(tensor([0]), tensor([.7]))), F.soft_margin_loss(pred, y))
+
 def test_a_share_for_each_position_of_a_series_of_signs():
     pred,y,mask = torch.randn(n, 7).double(),2*torch.randint(2, (n,7))-1,torch.rand(n, 1, 7).double()
     loss = mixed_loss(nn.SoftMarginLoss(), pred, y, Mix(mix.partner, mask.mean((1,2)), mask))
