@@ -113,7 +113,7 @@ class MixCallback(Callback):
             return
         self._batch.mix = self._draw(recipe, first(learn.xb), learn.yb)
         if self._sorts: self._sort()
-        self._pair(learn.yb)
+        self._pair(learn.yb, self.mix)
         learn.xb = tuple(mix_input(x, self.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
         _check_whole(learn.model, learn.xb)
 
@@ -167,8 +167,7 @@ class MixCallback(Callback):
         check_mix(mix, 'mix')
         b = self._batch
         own = b.own if b.mix is not None else self.learn.yb
-        b.mix = mix
-        self._pair(own)
+        self._pair(own, mix)
         if b.predicted: self.after_pred()
 
     @property
@@ -253,14 +252,15 @@ def _draw(self:MixCallback, recipe, x, yb):
 
 # %% ../nbs/api/10_callback.ipynb #parts
 @patch
-def _pair(self:MixCallback, yb):
+def _pair(self:MixCallback, yb, mix):
     "Shuffle the targets: which count, and how much. Those that can be blended or pasted take their place at once"
     b = self._batch
-    check_positions(yb, b.mix)
+    check_positions(yb, mix)
     ys = L(map(plain, yb))
-    b.own,b.floated = yb,self._loss.numbers and not all(map(is_number, ys))
-    if b.floated: ys = L(as_numbers(self.learn.loss_func, ys))
-    b.sources = b.mix.sources(ys)  # by L.itemgot
+    floated = self._loss.numbers and not all(map(is_number, ys))
+    if floated: ys = L(as_numbers(self.learn.loss_func, ys))
+    sources = mix.sources(ys)  # by L.itemgot
+    b.mix,b.own,b.floated,b.sources = mix,yb,floated,sources  # all or, where something is refused, none
     self.learn.yb = b.seen = tuple(b.sources[0][0]) if len(b.sources)==1 else yb
 
 @patch
@@ -275,8 +275,8 @@ def _mix_output(self:MixCallback, recipe, out):
     "The output of a place, mixed; a part of a text is mixed as the first part was"
     b,x = self._batch,first(out)
     if b.mix is None:
-        b.mix = self._draw(recipe, b.place.whole(x, len(first(self.learn.xb))), self.learn.yb)
-        self._pair(self.learn.yb)
+        mix = self._draw(recipe, b.place.whole(x, len(first(self.learn.xb))), self.learn.yb)
+        self._pair(self.learn.yb, mix)
     return mix_input(out, first_rows(b.mix, len(x)), name=f'the output of {type(b.place.module).__name__}')
 
 @patch

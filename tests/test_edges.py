@@ -13,7 +13,7 @@ from fastai.vision.core import TensorBBox
 from torch import nn, tensor
 from torch.testing import assert_close
 
-from common import BS, covering, make_learner, named
+from common import BS, covering, make_learner, make_mixer, named
 from fastai_mixup_ext import (Mix, MixUpCallback, Recipe, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input,
     mixed_loss, mixup, pairing, remix, resizemix, until, within_class, without_hesitation)
 from fastai_mixup_ext.losses import is_by_row
@@ -103,6 +103,23 @@ def test_a_mix_set_after_the_prediction_is_what_the_loss_goes_by():
             want = .6*F.cross_entropy(p, self.y) + .4*F.cross_entropy(p, self.y.roll(1))
             seen.append((self.learn.loss.detach(), want.detach()))
     make_learner('labels', [MixUpCallback(), Mine()]).fit(1)
+    assert len(seen)==2
+    for got,want in seen: assert_close(got, want)
+
+@pytest.mark.parametrize('kind', ['labels', 'blended', 'place'])
+def test_after_a_mix_that_does_not_fit_all_goes_on_with_the_one_before(kind):
+    "Who catches the error has the loss of the batch as it was mixed"
+    seen = []
+    class Wrong(Callback):
+        order,run_valid = 50,False
+        def after_pred(self):
+            cb = self.learn.mix_up
+            self.was = cb.mix
+            with pytest.raises((IndexError, RuntimeError)): cb.mix = Mix(torch.full((BS,), BS), torch.full((BS,), .6))
+            assert cb.mix is self.was
+        def after_loss(self): seen.append((self.learn.loss.detach(), mixed_loss(F.mse_loss if kind=='blended' else F.cross_entropy,
+            self.learn.pred, self.learn.mix_up._batch.own, self.was).detach()))
+    make_learner(kind, [make_mixer(kind), Wrong()]).fit(1)
     assert len(seen)==2
     for got,want in seen: assert_close(got, want)
 
