@@ -95,6 +95,9 @@ def worker(folder, die, resume, cases):
     if cases: res.update({case: globals()[f'fit_{case[0]}'](*case[1:]) for case in CASES})
     torch.save(res, folder/f'result{rank_distrib()}')
     ddp.leave()
+    # PyTorch's caches of sharded tensors hold the group, and its threads can abort Python's own end; so that is left out
+    sys.stdout.flush()
+    os._exit(0)
 
 # What comes of it
 
