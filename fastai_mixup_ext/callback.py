@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import MixedIds, by_length, mix_input
 from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, loss_name
@@ -77,19 +77,9 @@ class MixCallback(Callback):
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
 
-    @property
-    def training(self)->bool:
-        "The learner's, found at once: at every event fastai would look for it on the learner and then on the model"
-        return self._learn.model.training
-
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
         self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
-
-    def __setattr__(self, name, value):
-        "A property of ours hides nothing of the learner's; fastai would warn"
-        if isinstance(getattr(type(self), name, None), property): object.__setattr__(self, name, value)
-        else: super().__setattr__(name, value)
 
     def before_fit(self):
         "Refuse a second mixing callback, and places that the model does not have"
@@ -154,8 +144,6 @@ class MixCallback(Callback):
     def after_fit(self):
         "Let go of the model too"
         self._places = None
-
-    before_backward = after_backward = before_step = after_step = noop  # fastai looks for missing ones on the model
 
     @property
     def mix(self)->Mix|None:
