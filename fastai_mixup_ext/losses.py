@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
+from types import MethodType
 from typing import Any
 import torch
 import torch.nn.functional as F
@@ -166,8 +167,10 @@ def _share_of_batch(share):
     return first + (share-first).mean()
 
 def _aside(f):
-    "A copy whose attributes, buffers and parts may change, with the same weights; a function is itself"
+    "A copy whose attributes, buffers and parts may change, with the same weights; a plain function is itself"
     if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule) or not hasattr(f, '__dict__'): return f
+    if isinstance(f, partial): return partial(_aside(f.func), *f.args, **f.keywords)
+    if isinstance(f, MethodType): return MethodType(f.__func__, _aside(f.__self__))
     try: g = copy(f)
     except TypeError: return f  # it holds what can't be copied
     if g is f: return f

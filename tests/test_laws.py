@@ -103,6 +103,10 @@ class History:
         self.seen.append(pred.detach().abs().mean())
         return F.cross_entropy(pred, y)/(1+sum(self.seen))
 
+class ByMethod(History):
+    "Its loss is a method"
+    def loss(self, pred, y): return self(pred, y)
+
 class BatchDice(nn.Module):
     "Over the whole batch: unreduced, one value for each class"
     def __init__(self, reduction='mean'):
@@ -144,7 +148,8 @@ hand_written = {
     'void': (lambda: void_cross_entropy, void), 'faded in': (FadedIn, labels), 'faded in, inside': (partial(Within, FadedIn), labels),
     'buffer': (Running, labels), 'buffer, inside': (partial(Within, Running), labels),
     'buffer in a BaseLoss': (partial(BaseLoss, Running), labels),
-    'list': (History, labels),
+    'list': (History, labels), 'list, method': (lambda: ByMethod().loss, labels),
+    'list, partial': (lambda: partial(History()), labels),
     'dice, rows divide classes': (BatchDice, maps), 'dice, labels': (BatchDice, labels),
     'ignore_index None': (partial(Attributed, ignore_index=None), labels),
     'ignore_index list': (partial(Attributed, ignore_index=[0,1]), labels),
@@ -206,6 +211,7 @@ def blended(f, pred, yb, partner, lam):
     return lam*f(pred, *yb) + (1-lam)*g(pred, *other)
 
 def state_of(f):
+    f = getattr(f, '__self__', getattr(f, 'func', f))
     attributes = {k:v for m in (f.modules() if isinstance(f, nn.Module) else [f]) for k,v in vars(m).items() if k[0]!='_'}
     return attributes | (f.state_dict() if isinstance(f, nn.Module) else {})
 
@@ -236,7 +242,7 @@ def test_one_lam_for_all_is_the_papers_formula(name, lam):
         want = valued(lambda p: blended(plain, p, yb, mix.partner, mix.lam[0]), pred)
         assert_close(got, want, rtol=2e-5, atol=2e-6)
 
-@pytest.mark.parametrize('name', ['faded in', 'faded in, inside', 'buffer', 'buffer, inside', 'list'])
+@pytest.mark.parametrize('name', ['faded in', 'faded in, inside', 'buffer', 'buffer, inside', 'list', 'list, method', 'list, partial'])
 def test_a_state_moves_once_a_step(name):
     "A loss that is called for two targets is afterwards as if it had been called for the first"
     make,draw = cases[name]
