@@ -41,6 +41,8 @@ def fastai_loss(
 @cache
 def _looked_up(module, names): return tuple(getattr(module, n) for n in names)
 
+_hooks = 'forward', 'forward_pre', 'backward', 'backward_pre'
+
 def unchanged(
     f, # A loss
     *classes:type # Classes whose computation is known
@@ -48,15 +50,17 @@ def unchanged(
     "Is `f` one of `classes`, or of a subclass that changes nothing of the computation?"
     cls = next((c for c in classes if isinstance(f, c)), None)
     if cls is None: return False
-    if 'forward' in vars(f) or any(getattr(f, k, None) for k in ('_forward_hooks', '_forward_pre_hooks')): return False
-    computes = 'forward', '__call__', '_one_hot', '_contiguous', 'reduction'
+    if 'forward' in vars(f) or any(getattr(f, f'_{k}_hooks', None) for k in _hooks): return False
+    computes = 'forward', '__call__', '_call_impl', '_one_hot', '_contiguous', 'reduction'
     return type(f) is cls or all(getattr(type(f), k, None) is getattr(cls, k, None) for k in computes)
 
 def as_classes(
     f:Callable, # Any loss
     **more # What is known of it from outside
 )->Classes|None:
-    "`f` as a member of the cross-entropy family; None: it is none"
+    "`f` as a member of the cross-entropy family; None: it is none, or it refuses its own settings when it is called"
+    if getattr(f, 'reduction', more.get('reduction', 'mean')) not in ('mean', 'sum', 'none'): return None
+    if not 0<=getattr(f, 'label_smoothing', more.get('eps', 0.))<=1: return None
     if isinstance(f, fastai_loss('CrossEntropyLossFlat', 'LabelSmoothingCrossEntropyFlat')):
         known = unchanged(f, *fastai_loss('BaseLoss')) and f.flatten and f.is_2d and not f.floatify
         return as_classes(f.func, axis=f.axis, flat=True) if known else None
@@ -82,6 +86,7 @@ def class_loss(
     aligned = _aligned(spec, plain(pred), [(plain(y), s) for y,s in sources])
     if aligned is None: return None
     logp,labels,shares,axis = aligned
+    if logp.dtype in (torch.float16, torch.bfloat16) and _autocasts(logp): logp = logp.float()
     if spec.logits: logp = F.log_softmax(logp, axis)
     acc = torch.float64 if logp.dtype==torch.float64 else torch.float32
     labels,shares = torch.stack(labels, axis).long(),torch.stack(shares, axis).to(acc)
@@ -92,10 +97,10 @@ def class_loss(
     labels.masked_fill_(ignored, 0)
     weighted = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
     total = weighted.sum()/per_position if spec.reduction=='mean' else -1
-    loss = _look_up(logp, axis, labels)
-    loss.detach().masked_fill_(weighted.logical_not(), 0)  # past autograd: times a share of 0 its gradient is 0 anyway
+    loss,idle = _look_up(logp, axis, labels),weighted.logical_not()
+    loss.detach().masked_fill_(idle, 0/total)  # past autograd; NaN if no label counts, as in torch
     if spec.eps and not spec.smooth_all: count = counts.sum(axis)
-    loss = _reduced(spec, logp, loss*(weighted/total), count, total, axis)
+    loss = _reduced(spec, logp, loss*(weighted/total).masked_fill_(idle, 0), count, total, axis)
     return loss if loss.dtype==logp.dtype else loss.to(logp.dtype)
 
 def _aligned(spec, pred, sources):
@@ -104,6 +109,7 @@ def _aligned(spec, pred, sources):
     labels,shares = [y for y,_ in sources],[s for _,s in sources]
     if d<2 or pred.numel()==0 or any(y.dtype==torch.bool for y in labels) or not -d<=axis<d: return None
     axis %= d
+    if spec.weight is not None and spec.weight.shape!=pred.shape[axis:axis+1]: return None
     pos = pred.shape[:axis]+pred.shape[axis+1:]
     if spec.flat and not (labels[0].shape==pos and (d<5 or axis==d-1)):  # of five axes fastai pairs positions otherwise
         flat = [_flat(y, spec.axis) for y in labels]
@@ -112,6 +118,11 @@ def _aligned(spec, pred, sources):
         return pred.transpose(axis, -1).reshape(-1, pred.shape[axis]),flat,shares,1
     if any(y.shape!=pos for y in labels): return None
     return pred,labels,shares if len(pos)==1 else [_by_position(s, pos) for s in shares],axis
+
+def _autocasts(t):
+    "Does autocast compute such losses in float32 now?"
+    try: return torch.is_autocast_enabled(t.device.type)
+    except TypeError: return torch.is_autocast_cpu_enabled() if t.device.type=='cpu' else torch.is_autocast_enabled()
 
 def _flat(t, axis): return (t.transpose(axis, -1) if -t.dim()<=axis<t.dim() else t).reshape(-1)
 
@@ -134,7 +145,8 @@ def _reduced(spec, logp, loss, count, total, axis):
         if weighs: logp = logp*spec.weight.to(logp.dtype).view(-1, *[1]*(logp.dim()-axis-1))
         smooth = logp.sum(axis) * (-spec.eps/logp.shape[axis])
         if spec.smooth_all and spec.reduction=='mean': return (1-spec.eps)*loss.sum() + (smooth*count).mean()
-        smooth = smooth*count if spec.smooth_all else (smooth*(count/-total)).masked_fill(count==0, 0)
+        idle = count==0
+        smooth = smooth*count if spec.smooth_all else smooth.masked_fill(idle, 0)*(count/-total).masked_fill(idle, 0)
         loss = (1-spec.eps)*loss + smooth
     if spec.reduction!='none': return loss.sum()
     return loss.unsqueeze(axis).transpose(axis, -1).reshape(-1) if spec.flat else loss

@@ -7,6 +7,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/losses.html.md"""
 # %% ../nbs/api/06_losses.ipynb #imports
 from __future__ import annotations
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .classes import as_classes, class_loss, fastai_loss, unchanged
 from .mix import Mix, check_mix
-from .tensors import dense, is_number, is_sequence
+from .tensors import all_of, dense, is_number, is_sequence
 
 # %% auto #0
 __all__ = ['uncompiled', 'takes_numbers', 'as_numbers', 'by_row', 'is_by_row', 'loss_name', 'mixed_loss', 'source_loss',
@@ -40,14 +41,27 @@ def takes_numbers(
     "Is it known to compare its target as a number, whatever the dtype?"
     f = uncompiled(loss_func)
     if isinstance(f, partial): return takes_numbers(f.func)
-    if isinstance(f, fastai_loss('BaseLoss')): return f.floatify or type(f.func) in _number_losses
+    if isinstance(f, fastai_loss('BaseLoss')):
+        return type(f.func) in _number_losses or f.floatify and not _takes_signs(f)
     return (f if inspect.isroutine(f) else type(f)) in _number_losses
+
+_sign_losses = {nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss, nn.CosineEmbeddingLoss,
+    F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.cosine_embedding_loss}
+
+def _takes_signs(f):
+    "Does it know the targets 1 and -1 only, and nothing between them?"
+    f = uncompiled(f)
+    if isinstance(f, (partial, *fastai_loss('BaseLoss'))): return _takes_signs(f.func)
+    return (f if inspect.isroutine(f) else type(f)) in _sign_losses
 
 def as_numbers(
     loss_func:Callable, # The loss that will see them
     yb:Sequence # Targets
 )->tuple:
-    "`yb`, with integers made floating if `loss_func` compares numbers"
+    "`yb`, with integers made floating if `loss_func` compares numbers; a TypeError if it takes signs that are floating"
+    if any(map(is_number, yb[-1:])) and _takes_signs(loss_func):
+        raise TypeError(f"{loss_name(loss_func)} knows the targets 1 and -1, and nothing between them, so they "
+            "can't be blended; give them as integers: y.long()")
     return tuple(y if is_number(y) else y.float() for y in yb) if takes_numbers(loss_func) else tuple(yb)
 
 # %% ../nbs/api/06_losses.ipynb #marks
@@ -74,14 +88,20 @@ def is_by_row(
     f = uncompiled(loss_func)
     return as_classes(f) is not None or _known(f) or _marked(f)
 
-def _marked(f): return getattr(f, 'mixes_by_row', False) is True or isinstance(f, partial) and _marked(f.func)
+def _marked(f):
+    "Is there a mark on it, or on a class whose computation it keeps?"
+    if isinstance(f, partial): return _marked(f.func)
+    owner = next((o for o in (f, *type(f).__mro__) if 'mixes_by_row' in getattr(o, '__dict__', ())), None)
+    return owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
 
 def _known(f):
     "Is it torch's or fastai's own, with unreduced values by row?"
     if isinstance(f, fastai_loss('BaseLoss')) and unchanged(f, *fastai_loss('BaseLoss')): return _known(f.func)
-    if isinstance(f, partial): return not f.args and any(f.func is g for g in _functions)
+    if isinstance(f, partial):
+        return not (f.args or {'size_average', 'reduce'} & set(f.keywords)) and any(f.func is g for g in _functions)
     if any(f is g for g in _functions): return True
-    return unchanged(f, *_of_positions, *_of_rows, *fastai_loss('FocalLoss', 'DiceLoss'))
+    known = unchanged(f, *_of_positions, *_of_rows, *fastai_loss('FocalLoss', 'DiceLoss'))
+    return known and f.reduction in ('mean', 'sum', 'none')
 
 def _takes_reduction(f):
     "Has a function the keyword `reduction`?"
@@ -93,6 +113,7 @@ def loss_name(
 )->str:
     "What a message calls it"
     f = uncompiled(f)
+    if isinstance(f, partial) or type(f) in fastai_loss('BaseLoss'): return loss_name(f.func)
     return getattr(f, '__name__', type(f).__name__)
 
 # %% ../nbs/api/06_losses.ipynb #rows
@@ -109,26 +130,26 @@ def _laid(share, y):
     return s.reshape(y.shape if s.numel()==y.numel() else (-1, *[1]*(y.dim()-1)))
 
 def _unreduced(f, pred, yb):
-    "The loss as it comes. A copy is set to 'none': whatever interrupts us, the loss itself stays as it is"
-    if not hasattr(f, 'reduction'): return f(pred, *yb, reduction='none')
-    if torch.compiler.is_compiling(): return _set_to_none(f, pred, yb)  # a compiler can't copy a module
-    g = copy(f)
-    if hasattr(g, 'func'): g.func = copy(g.func)  # fastai's keep their reduction in the loss they wrap
-    try: g.reduction = 'none'
+    "The loss, with its reduction set to 'none' for this call"
+    owner = _reduces(f)
+    if not hasattr(owner, 'reduction'): return f(pred, *yb, reduction='none')
+    was = owner.reduction
+    try:
+        _set_reduction(owner, 'none')
+        return f(pred, *yb)
+    finally: _set_reduction(owner, was)
+
+def _reduces(f): return f.func if isinstance(f, partial) and hasattr(f.func, 'reduction') else f
+
+def _set_reduction(f, value):
+    try: f.reduction = value
     except AttributeError as e:
         raise TypeError(f"by_row: the reduction of {loss_name(f)} can't be set to 'none'") from e
-    return g(pred, *yb)
-
-def _set_to_none(f, pred, yb):
-    "The loss itself, unreduced for this call"
-    was,f.reduction = f.reduction,'none'
-    try: return f(pred, *yb)
-    finally: f.reduction = was
 
 def _over_values(f, share, values, y):
     "A share for each of the unreduced `values`"
     n = len(share)
-    if values.numel()%max(n, 1) or values.dim()==0:
+    if values.shape[:1]!=share.shape[:1] and values.numel()!=y.numel():
         raise ValueError(f"{loss_name(f)} is marked with by_row, but unreduced it has shape {tuple(values.shape)} "
             f"for {n} rows; it must have one value per row or position")
     axis = f.axis if isinstance(f, fastai_loss('BaseLoss')) else None
@@ -139,12 +160,11 @@ def _over_values(f, share, values, y):
 
 def _row_loss(f, pred, sources):
     "A known loss, taken apart"
-    total = 0
-    for targets,share in _drop_impossible(sources):
-        values = _unreduced(f, pred, targets)
+    sources,total = _drop_impossible(sources),0
+    for values,(targets,share) in zip(_called_for_each(_unreduced, f, pred, sources), sources):
         own = _over_values(f, share, values, targets[0]).to(values.dtype)
         total = total + (own*values).masked_fill(own==0, 0)
-    red = f.reduction if hasattr(f, 'reduction') else _reduction(f)
+    red = getattr(_reduces(f), 'reduction', None) or _reduction(f)
     return total.mean() if red=='mean' else total.sum() if red=='sum' else total
 
 def _reduction(f):
@@ -155,10 +175,10 @@ def _reduction(f):
 # %% ../nbs/api/06_losses.ipynb #whole
 def _whole_loss(f, pred, sources):
     "The paper's formula: each loss whole, times its share of the batch"
-    (own,share),*others = _drop_impossible(sources)
-    parts = [(_share_of_batch(s), _called(_aside(f), pred, y)) for y,s in others]
-    parts = [(_share_of_batch(share), _called(f, pred, own)), *parts]
-    parts = [(v.to(loss.dtype), loss) for v,loss in parts]
+    sources = _drop_impossible(sources)
+    losses = _called_for_each(_called, f, pred, sources)
+    parts = [(_share_of_batch(share), loss) for loss,(_,share) in zip(losses, sources)]
+    parts = [(v.to(loss.dtype) if is_number(loss) else v, loss) for v,loss in parts]
     return sum(torch.where(v==0, torch.zeros_like(loss), v*loss) for v,loss in parts)
 
 def _share_of_batch(share):
@@ -166,20 +186,41 @@ def _share_of_batch(share):
     first = share.flatten()[0]
     return first + (share-first).mean()
 
+def _called_for_each(call, f, pred, sources):
+    "`call` for every source: first the row's own by the loss itself, then the others by copies of what it was before"
+    fs = [f, *(_aside(f) for _ in sources[1:])]
+    preds = [pred, *(copy(pred) if isinstance(pred, (dict, list)) else pred for _ in sources[1:])]
+    tensors = [] if torch.compiler.is_compiling() else [t for t in all_of(pred) if not t.is_inference()]
+    before = [t._version for t in tensors]
+    res = [call(g, p, targets) for g,p,(targets,_) in zip(fs, preds, sources)]
+    if before==[t._version for t in tensors]: return res
+    raise TypeError(f"{loss_name(f)} changes its prediction in place, so it can't be called for two targets; "
+        "let it make a new tensor: `pred = pred/2`, not `pred /= 2`")
+
 def _aside(f):
-    "A copy whose attributes, buffers and parts may change, with the same weights; a plain function is itself"
+    "A copy that may change in all that it keeps itself, with the same weights; a plain function is itself"
     if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule) or not hasattr(f, '__dict__'): return f
     if isinstance(f, partial): return partial(_aside(f.func), *f.args, **f.keywords)
     if isinstance(f, MethodType): return MethodType(f.__func__, _aside(f.__self__))
-    try: g = copy(f)
-    except TypeError: return f  # it holds what can't be copied
-    if g is f: return f
-    vars(g).update({k:copy(v) for k,v in vars(g).items() if isinstance(v, (list, dict, set))})
-    if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(g.func)
-    if isinstance(g, nn.Module):
-        g._buffers.update({k:b.clone() for k,b in g._buffers.items() if b is not None})
-        g._modules.update({k:_aside(m) for k,m in g._modules.items()})
-    return g
+    try:
+        g = copy(f)
+        if g is f: return f
+        for k,v in vars(f).items():
+            bound = isinstance(v, MethodType) and v.__self__ is f
+            vars(g)[k] = MethodType(v.__func__, g) if bound else _changeable(v)
+        if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(f.func)
+        return g
+    except Exception: return f  # it can't be copied
+
+def _changeable(o):
+    "A copy of what a loss may change in place: numbers in memory, but for weights, containers of them, and parts"
+    if isinstance(o, nn.Module): return _aside(o)
+    if isinstance(o, Tensor): return o if isinstance(o, nn.Parameter) else o.clone()
+    if isinstance(o, (dict, list, deque)):
+        res = copy(o)
+        for k,v in list(o.items() if isinstance(o, dict) else enumerate(o)): res[k] = _changeable(v)
+        return res
+    return copy(o) if isinstance(o, set) or hasattr(o, '__array_interface__') else o
 
 def _called(f, pred, yb):
     "The loss, if it is one tensor"
@@ -255,6 +296,6 @@ def check_sizes(
 ):
     "Class numbers can't be compared with a prediction of another size"
     if isinstance(pred, Tensor) and len(yb)==1 and pred.numel()!=yb[0].numel():
-        raise ValueError(f"{type(loss_func).__name__} compares numbers, but the target of shape {tuple(yb[0].shape)} "
+        raise ValueError(f"{loss_name(loss_func)} compares numbers, but the target of shape {tuple(yb[0].shape)} "
             f"holds integers and the prediction has shape {tuple(pred.shape)}; "
             "for class numbers use CrossEntropyLossFlat(), or else one-hot targets (MultiCategoryBlock)")

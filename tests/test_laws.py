@@ -1,8 +1,10 @@
 """Two laws over sequences of batches, in `mixed_loss` and in a fit: lam=1 is the plain loss, lam=v is v*L(y) + (1-v)*L(y')."""
+from collections import deque
 from copy import copy, deepcopy
 from functools import partial
 
 import fastai.losses
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,19 @@ class History:
         self.seen.append(pred.detach().abs().mean())
         return F.cross_entropy(pred, y)/(1+sum(self.seen))
 
+class Keeps(History):
+    "Changes in place what it keeps: a tensor, an array, queues and lists of them, and a method of its own"
+    def __init__(self):
+        self.mean,self.array,self.queue,self.nested = torch.ones(()),np.ones(1),deque([0.]),{'a': [torch.ones(())]}
+        self.impl = self.loss
+    def loss(self, pred, y):
+        self.mean.mul_(1.1)
+        self.array *= 1.2
+        self.queue.append(len(self.queue))
+        self.nested['a'][0].mul_(1.3)
+        return F.cross_entropy(pred, y)*self.mean.clone()*self.array.item()*len(self.queue)*self.nested['a'][0].clone()
+    def __call__(self, pred, y): return self.impl(pred, y)
+
 class ByMethod(History):
     "Its loss is a method"
     def loss(self, pred, y): return self(pred, y)
@@ -149,7 +164,7 @@ hand_written = {
     'buffer': (Running, labels), 'buffer, inside': (partial(Within, Running), labels),
     'buffer in a BaseLoss': (partial(BaseLoss, Running), labels),
     'list': (History, labels), 'list, method': (lambda: ByMethod().loss, labels),
-    'list, partial': (lambda: partial(History()), labels),
+    'list, partial': (lambda: partial(History()), labels), 'what it keeps': (Keeps, labels),
     'dice, rows divide classes': (BatchDice, maps), 'dice, labels': (BatchDice, labels),
     'ignore_index None': (partial(Attributed, ignore_index=None), labels),
     'ignore_index list': (partial(Attributed, ignore_index=[0,1]), labels),
@@ -212,7 +227,8 @@ def blended(f, pred, yb, partner, lam):
 
 def state_of(f):
     f = getattr(f, '__self__', getattr(f, 'func', f))
-    attributes = {k:v for m in (f.modules() if isinstance(f, nn.Module) else [f]) for k,v in vars(m).items() if k[0]!='_'}
+    attributes = {k:v for m in (f.modules() if isinstance(f, nn.Module) else [f]) for k,v in vars(m).items()
+        if k[0]!='_' and not callable(v)}
     return attributes | (f.state_dict() if isinstance(f, nn.Module) else {})
 
 @pytest.mark.parametrize('name', cases)
@@ -242,7 +258,8 @@ def test_one_lam_for_all_is_the_papers_formula(name, lam):
         want = valued(lambda p: blended(plain, p, yb, mix.partner, mix.lam[0]), pred)
         assert_close(got, want, rtol=2e-5, atol=2e-6)
 
-@pytest.mark.parametrize('name', ['faded in', 'faded in, inside', 'buffer', 'buffer, inside', 'list', 'list, method', 'list, partial'])
+@pytest.mark.parametrize('name', ['faded in', 'faded in, inside', 'buffer', 'buffer, inside', 'list', 'list, method', 'list, partial',
+    'what it keeps'])
 def test_a_state_moves_once_a_step(name):
     "A loss that is called for two targets is afterwards as if it had been called for the first"
     make,draw = cases[name]

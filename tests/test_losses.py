@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from common import covering, named
 from fastai_mixup_ext import Mix, mixed_loss
-from fastai_mixup_ext.losses import by_row, is_by_row
+from fastai_mixup_ext.losses import by_row, is_by_row, loss_name
 
 C = 5
 weight = tensor([.1,3.,1.,.5,2.]).double()
@@ -294,15 +294,147 @@ def test_a_loss_that_comes_from_a_file_is_the_same(f):
     pred,y = draw('n')
     assert_close(mixed_loss(pickle.loads(pickle.dumps(f)), pred, y, mix), mixed_loss(f, pred, y, mix), rtol=0, atol=0)
 
-def test_while_its_values_are_taken_the_loss_itself_keeps_its_reduction():
-    seen = []
-    class Peeks(nn.CrossEntropyLoss):
+class Outer(nn.Module):
+    "Its reduction is that of its part, and it counts its calls"
+    def __init__(self, exc=None):
+        super().__init__()
+        self.part,self.calls,self.exc,self.seen = nn.CrossEntropyLoss(),0,exc,torch.ones(())
+    reduction = property(lambda self: self.part.reduction, lambda self, value: setattr(self.part, 'reduction', value))
+    def forward(self, pred, y):
+        self.calls += 1
+        self.seen *= 2
+        if self.exc: raise self.exc
+        return self.part(pred, y)*self.calls*self.seen
+
+@pytest.mark.parametrize('exc', [ValueError('own words'), KeyboardInterrupt()], ids=named)
+def test_after_its_values_were_taken_a_marked_loss_has_its_reduction(exc):
+    f = by_row(Outer(exc))
+    with pytest.raises(type(exc)): mixed_loss(f, *draw('n'), mix)
+    assert f.reduction=='mean'
+
+def test_a_marked_loss_moves_its_state_once_a_step():
+    pred,y = draw('n')
+    ours,plain = by_row(Outer()),Outer()
+    for _ in range(3): assert_close(mixed_loss(ours, pred, y, one), plain(pred, y))
+    mixed_loss(ours, pred, y, mix)
+    assert (ours.calls, ours.seen, ours.reduction)==(4, 16, 'mean') and ours(pred, y).dim()==0
+
+def test_a_mark_counts_for_the_computation_that_was_marked():
+    class Own(nn.Module):
+        reduction = 'mean'
+        def forward(self, pred, y): return F.cross_entropy(pred, y, reduction=self.reduction)
+    class Quiet(by_row(Own)): pass
+    class Other(Own):
+        def forward(self, pred, y): return super().forward(pred, y)/2
+    assert is_by_row(Own()) and is_by_row(Quiet()) and is_by_row(by_row(Other())) and not is_by_row(Other())
+
+def test_a_marked_loss_in_a_partial():
+    pred,y = draw('n')
+    f = by_row(nn.MultiMarginLoss())
+    assert_close(mixed_loss(partial(f), pred, y, mix), mixed_loss(f, pred, y, mix))
+    assert f.reduction=='mean' and not is_by_row(partial(F.multi_margin_loss, size_average=False))
+
+@pytest.mark.parametrize('shape', [lambda v: v.T, lambda v: v.repeat(2, 1).flatten()], ids=['turned', 'doubled'])
+def test_values_that_do_not_belong_to_the_rows_are_refused(shape):
+    class Strange(nn.Module):
+        reduction = 'mean'
         def forward(self, pred, y):
-            seen.append((self.reduction, f.reduction))
-            return super().forward(pred, y)
-    f = by_row(Peeks())
-    mixed_loss(f, *draw('n'), mix)
-    assert seen==[('none', 'mean')]*2
+            values = F.mse_loss(pred, F.one_hot(y, pred.shape[1]).to(pred), reduction='none')
+            return values.mean() if self.reduction=='mean' else shape(values)
+    pred = torch.randn(n, n//2)
+    with pytest.raises(ValueError, match='one value per row or position'):
+        mixed_loss(by_row(Strange()), pred, torch.arange(n)%(n//2), mix)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss, partial(nn.CrossEntropyLoss, label_smoothing=.1), nn.NLLLoss,
+    LabelSmoothingCrossEntropy], ids=named)
+def test_the_gradient_where_no_label_counts(f, reduction):
+    "None through the labels, as in torch, even beside infinite values; smoothing of fastai's counts them nevertheless"
+    f,(pred,y) = f(reduction=reduction),draw('n')
+    y.fill_(-100)
+    for p in (pred, pred.detach().index_fill(0, tensor([0]), -torch.inf).requires_grad_()):
+        want,got = (torch.autograd.grad(loss(p, y).sum(), p)[0] for loss in (f, lambda p, y: mixed_loss(f, p, y, mix)))
+        assert_close(got, want, equal_nan=True)
+
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(reduction='middle'), nn.CrossEntropyLoss(weight=torch.ones(9)),
+    nn.NLLLoss(weight=torch.ones(0)), nn.CrossEntropyLoss(label_smoothing=1.5), nn.MultiMarginLoss(reduction='middle')], ids=named)
+def test_settings_that_torch_refuses_are_refused_by_torch(f):
+    pred,y = draw('n')
+    with pytest.raises((ValueError, RuntimeError)) as want: f(pred, y)
+    with pytest.raises(want.type) as got: mixed_loss(f, pred, y, mix)
+    assert str(got.value)==str(want.value)
+
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), nn.NLLLoss(), nn.CrossEntropyLoss(label_smoothing=.1)],
+    ids=named)
+def test_autocast_computes_in_float32_as_torch_does(f):
+    pred,y = draw('n')
+    pred = pred.detach().bfloat16()
+    with torch.autocast('cpu', torch.bfloat16): want,got = f(pred, y),mixed_loss(f, pred, y, one)
+    assert got.dtype==want.dtype
+    assert_close(got, want)
+    assert mixed_loss(nn.CrossEntropyLoss(), pred, y, one).dtype==torch.bfloat16
+
+@pytest.mark.parametrize('f', [nn.HingeEmbeddingLoss(), nn.SoftMarginLoss(), F.soft_margin_loss, partial(F.hinge_embedding_loss, margin=2.),
+    BaseLoss(nn.HingeEmbeddingLoss, floatify=True)], ids=named)
+def test_signs_are_not_blended(f):
+    "There is nothing between 1 and -1 for them"
+    pred,sign = torch.randn(n).double(),tensor([1,-1]*(n//2))
+    assert_close(mixed_loss(f, pred, sign, even), .7*f(pred, sign)+.3*f(pred, sign[even.partner]))
+    with pytest.raises(TypeError, match='knows the targets 1 and -1.*give them as integers'): mixed_loss(f, pred, sign.double(), even)
+
+def test_the_sign_is_the_last_target():
+    a,b,sign = torch.randn(n, 3),torch.randn(n, 3),tensor([1,-1]*(n//2))
+    f = nn.CosineEmbeddingLoss()
+    assert_close(mixed_loss(f, a, (b, sign), even), .7*f(a, b, sign)+.3*f(a, b[even.partner], sign[even.partner]))
+    with pytest.raises(TypeError, match='give them as integers'): mixed_loss(f, a, (b, sign.float()), even)
+
+@pytest.mark.parametrize('wrap', [lambda t: t, lambda t: {'a': [t]}], ids=['tensor', 'structure'])
+def test_a_loss_that_changes_its_prediction_in_place_is_refused(wrap):
+    def halves(pred, y): return F.cross_entropy((pred['a'][0] if isinstance(pred, dict) else pred).div_(2), y)
+    pred,y = draw('n')
+    with pytest.raises(TypeError, match='halves changes its prediction in place'): mixed_loss(halves, wrap(pred.detach()), y, mix)
+
+def test_a_loss_may_take_parts_out_of_its_prediction():
+    def pops(pred, y): return F.cross_entropy(pred['out'], y) + pred.pop('more').mean()
+    pred,y = draw('n')
+    got = mixed_loss(pops, {'out': pred, 'more': pred}, y, even)
+    assert_close(got, .7*pops({'out': pred, 'more': pred}, y) + .3*pops({'out': pred, 'more': pred}, y[even.partner]))
+
+def test_random_numbers_are_drawn_for_the_own_target_first():
+    pred,y = draw('n')
+    def noisy(pred, y): return F.cross_entropy(pred, y)*torch.rand(())
+    torch.manual_seed(0); want = noisy(pred, y)
+    torch.manual_seed(0); assert_close(mixed_loss(noisy, pred, y, one), want)
+
+def test_a_count_is_mixed_as_a_number():
+    pred,y = draw('n')
+    def errors(pred, y): return (pred.argmax(-1)!=y).sum()
+    want = .7*errors(pred, y)+.3*errors(pred, y[even.partner])
+    assert_close(mixed_loss(errors, pred, y, even), want, check_dtype=False, rtol=1e-6, atol=0)
+
+class Passes:
+    "Passes all on, also what a copy asks for"
+    def __init__(self, inner): self.inner = inner
+    def __getattr__(self, k): return getattr(self.inner, k)
+    def __call__(self, pred, y): return 2*self.inner(pred, y)
+
+@pytest.mark.parametrize('make', [lambda: torch.jit.trace(lambda p, t: F.cross_entropy(p, t), draw('n')), lambda: Passes(nn.L1Loss())],
+    ids=['traced', 'passes'])
+def test_what_can_not_be_copied_is_called_itself(make):
+    (pred,y),f = draw('n'),make()
+    if isinstance(f, Passes): pred,y = (pred,),torch.randint(9, (n,C)); f.inner = lambda p, t: F.l1_loss(p[0], t)
+    assert_close(mixed_loss(f, pred, y, even), .7*f(pred, y)+.3*f(pred, y[even.partner]))
+
+@pytest.mark.parametrize('name', ['forward', 'forward_pre', 'full_backward', 'full_backward_pre'])
+def test_a_loss_with_a_hook_is_called_whole(name):
+    f = nn.CrossEntropyLoss()
+    assert is_by_row(f)
+    getattr(f, f'register_{name}_hook')(lambda *args: None)
+    assert not is_by_row(f)
+
+@pytest.mark.parametrize('f,name', [(MSELossFlat(), 'MSELoss'), (partial(F.cross_entropy), 'cross_entropy'), (nn.L1Loss(), 'L1Loss')],
+    ids=named)
+def test_a_message_names_the_loss_that_is_wrapped(f, name): assert loss_name(f)==name
 
 @pytest.mark.parametrize('f', [F.nll_loss, nn.NLLLoss()], ids=named)
 def test_log_probabilities_are_taken_as_they_come(f):
