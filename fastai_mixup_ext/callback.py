@@ -6,8 +6,9 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/callback.html.md""
 
 # %% ../nbs/api/10_callback.ipynb #imports
 from __future__ import annotations
-import reprlib
+import reprlib, weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
 from numbers import Integral
 from warnings import warn
@@ -20,14 +21,14 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import MixedIds, by_length, mix_input
 from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, loss_name
-from .losses import source_loss, takes_numbers
+from .losses import source_loss, takes_numbers, takes_signs
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
 from .places import Place, find_places, first_rows, text_encoders
 from .recipes import Batch, Recipe, cutmix, fmix, mixup, per_batch, resizemix
 from .schedules import check_value, value_at
-from .tensors import all_of, first, is_number, lerp_dtype, plain
+from .tensors import all_of, first, is_number, lerp_dtype, plain, reordered
 
 # %% auto #0
 __all__ = ['At', 'MixCallback', 'mixing_callback', 'MixUpCallback', 'CutMixCallback', 'FMixCallback', 'ResizeMixCallback']
@@ -38,6 +39,7 @@ class _Loss:
     def __init__(self, func):
         self.func,self.numbers = func,func is not None and takes_numbers(func)
         self.rows = func is not None and (self.numbers or is_by_row(func))
+        self.looks = self.numbers or func is not None and takes_signs(func)
 
 class _Live:
     "What the callback knows about the current batch"
@@ -45,7 +47,7 @@ class _Live:
     sources = None             # [(targets, share)]: what the loss is taken of; None: not mixed, or another's targets
     own = seen = ()            # the targets as they came, and as the other callbacks see them
     away = None                # the targets while they are away from the learner
-    floated = predicted = over = False  # were integers made numbers? is there a prediction? has the batch ended?
+    floated = predicted = counted = over = False  # integers made numbers? a prediction, a loss? at its end?
     tensors = 0                # how many inputs have been mixed
 
 # %% ../nbs/api/10_callback.ipynb #at
@@ -55,8 +57,8 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places'
-    _learn = None
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places','_ready','_last','_kind'
+    _learn,_run,_last = None,True,None
 
     def __init__(self,
         recipe:Recipe, # How a mix is drawn, e.g. `one_of(mixup(.4), cutmix(1.))`
@@ -68,11 +70,13 @@ class MixCallback(Callback):
     ):
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe={reprlib.repr(recipe)} must be a recipe such as mixup(.4), an instance of Recipe")
-        if not callable(pair):
+        if not callable(pair) or isinstance(pair, type):
             raise TypeError(f"pair={reprlib.repr(pair)} must be a pairing policy such as shuffled: (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
-        if not (at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'):
+        if seed is not None and not -2**63<=seed<2**63: raise ValueError(f"seed={seed} must be a number of 64 bits")
+        known = at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'
+        if not known or isinstance(at, type):
             raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
         self.recipe,self.p,self.pair,self.at,self.seed = recipe,check_value('p', p, 1.),pair,at,seed
         self._init_state()
@@ -80,20 +84,37 @@ class MixCallback(Callback):
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
         self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
+        self._ready,self._last,self._kind = False,None,object()
+
+    def __eq__(self, other): return isinstance(other, MixCallback) and other._kind is self._kind  # twins are equal
+    def __hash__(self): return hash(self._kind)
+
+    def __setattr__(self, name, value):
+        "A property of ours hides nothing of the learner's; fastai would warn"
+        if isinstance(getattr(type(self), name, None), property): object.__setattr__(self, name, value)
+        else: super().__setattr__(name, value)
 
     def before_fit(self):
         "Refuse a second mixing callback, and places that the model does not have"
+        self._ready = False
+        self._prepare()
+
+    def _prepare(self):
+        "Also where the callback came in the middle of a fit"
+        if self._ready or self.learn is None: return
         mixers = [type(cb).__name__ for cb in self.learn.cbs if _is_mixer(cb)]
         if len(mixers)>1:
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
-        vars(self).update(_said=False, _loss=_Loss(None), _sorts=len(text_encoders(self.learn.model))>0, _places=places)
+        sorts = len(text_encoders(self.learn.model))>0
+        vars(self).update(_said=False, _loss=_Loss(None), _sorts=sorts, _places=places, _ready=True)
         self.forget()
 
     def before_batch(self):
         "Draw a mix, mix the inputs, and shuffle the targets"
         self._clear()
+        self._prepare()
         learn = self.learn
         recipe = None if learn is None else self._chosen()  # None: another callback has just removed us
         if recipe is None: return
@@ -101,10 +122,11 @@ class MixCallback(Callback):
         if module is not None:
             self._batch.place = Place(learn.model, module, lambda out: self._mix_output(recipe, out))
             return
-        self._batch.mix = self._draw(recipe, first(learn.xb), learn.yb)
+        b = self._batch
+        b.mix = self._draw(recipe, first(learn.xb), learn.yb)
         if self._sorts: self._sort()
-        self._pair(learn.yb, self.mix)
-        learn.xb = tuple(mix_input(x, self.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
+        self._pair(learn.yb, b.mix)
+        learn.xb = tuple(mix_input(x, b.mix, self._memory, f'input {i}') for i,x in enumerate(learn.xb))
         _check_whole(learn.model, learn.xb)
 
     def after_pred(self):
@@ -121,14 +143,14 @@ class MixCallback(Callback):
 
     def after_loss(self):
         "Give the targets back, with the loss that goes with the mix"
+        self._batch.counted = True
         if not self._give_back(): return
         self.learn.loss_grad = source_loss(self.learn.loss_func, self.learn.pred, self._batch.sources)
         self.learn.loss = self.learn.loss_grad.clone()
 
     def after_batch(self):
-        "A cancelled batch too ends with its targets"
-        self._give_back()
-        self._batch.over = True  # metrics still ask for its mix
+        "Metrics still ask for the mix of a batch that has ended"
+        self._batch.over = True
 
     def after_cancel_batch(self):
         "A batch cancelled before it came to us has no mix"
@@ -139,7 +161,11 @@ class MixCallback(Callback):
         self._clear()
         self._scratch = {}
 
-    before_validate = after_train = after_epoch = forget
+    after_train = after_epoch = forget
+
+    def before_validate(self):
+        "A callback may validate in the middle of a batch, which then goes on"
+        if self._batch.over: self.forget()
 
     def after_fit(self):
         "Let go of the model too"
@@ -148,12 +174,14 @@ class MixCallback(Callback):
     @property
     def mix(self)->Mix|None:
         "The mix of the current batch; None when it is not mixed. Set in `after_pred`, it is what the loss goes by"
-        return self._batch.mix
+        return self._current().mix
 
     @mix.setter
     def mix(self, mix):
         check_mix(mix, 'mix')
-        b = self._batch
+        b,n = self._batch,len(self._batch.mix or plain(first(self.learn.xb)))
+        if len(mix)!=n: raise ValueError(f"mix has {len(mix)} rows, but the batch has {n}; draw it for this batch")
+        if b.counted: raise RuntimeError("mix can't be set any more: the batch has its loss; set it in after_pred")
         own = b.own if b.mix is not None else self.learn.yb
         self._pair(own, mix)
         if b.predicted: self.after_pred()
@@ -161,12 +189,22 @@ class MixCallback(Callback):
     @property
     def place(self)->Place|None:
         "The module that the current batch is mixed at; None: the input"
-        return self._batch.place
+        return self._current().place
 
     @property
     def sources(self)->list|None:
         "The targets of the current batch and their shares, as `Mix.sources` returns them; None when it is not mixed"
-        return self._batch.sources
+        return self._current().sources
+
+    @property
+    def run(self)->bool:
+        "fastai's switch: turned off, even in the middle of a batch, nothing of the batch stays"
+        return self._run
+
+    @run.setter
+    def run(self, on):
+        if not on: self._leave()
+        vars(self)['_run'] = on
 
     def draw(self, xb:Sequence, yb:Sequence)->Mix:
         "A mix for these inputs and targets, as the next batch would get it"
@@ -200,8 +238,12 @@ def _chosen(self:MixCallback):
     xb,now = self.learn.xb,self._progress()
     x = first(xb)
     if x is None: mix_input(xb, None, name='the batch')  # says what is wrong with it, unless it is empty
-    n = 0 if x is None or plain(x).dim()==0 else plain(x).size(0)
-    if n<2: return None
+    n = _rows(x)
+    if n<2:
+        most = max(map(_rows, all_of(xb)), default=0)
+        if most<2: return None
+        raise ValueError(f"input 0 has shape {tuple(x.shape)}, but another has {most} rows; "
+            "every input needs one row per item")
     p = value_at('p', self.p, now, 1.)
     if p==0 or not self.recipe.active(now): return None
     if p<1 and torch.rand(1, generator=self._generator('cpu'), device='cpu').item()>=p: return None
@@ -209,6 +251,8 @@ def _chosen(self:MixCallback):
     _refuse_coordinates(self.learn.yb)
     recipe = self._for_loss(self.learn.yb).chosen(now, self._generator('cpu'))
     return recipe if recipe.active(now) else None
+
+def _rows(x): return 0 if x is None or plain(x).dim()==0 else plain(x).size(0)
 
 @patch
 def _for_loss(self:MixCallback, yb):
@@ -245,9 +289,9 @@ def _pair(self:MixCallback, yb, mix):
     b = self._batch
     check_positions(yb, mix)
     ys = L(map(plain, yb))
-    floated = self._loss.numbers and not all(map(is_number, ys))
-    if floated: ys = L(as_numbers(self.learn.loss_func, ys))
-    sources = mix.sources(ys)  # by L.itemgot
+    numbers = L(as_numbers(self.learn.loss_func, ys)) if self._loss.looks else ys
+    floated = any(a is not o for a,o in zip(ys, numbers))
+    sources = mix.sources(numbers)  # by L.itemgot
     b.mix,b.own,b.floated,b.sources = mix,yb,floated,sources  # all or, where something is refused, none
     self.learn.yb = b.seen = tuple(b.sources[0][0]) if len(b.sources)==1 else yb
 
@@ -272,18 +316,32 @@ def _sort(self:MixCallback):
     "The rows in the order of their mixed lengths, for models that count on it; pasted rows keep their lengths"
     if _is_pasted(self.mix, first(self.learn.xb)): return _check_pad(self.mix, self.learn.model)
     order,self._batch.mix = by_length(self.mix)
-    self.learn.xb,self.learn.yb = (tuple(L(o).itemgot(order)) for o in (self.learn.xb, self.learn.yb))
+    self.learn.xb,self.learn.yb = reordered(self.learn.xb, order),reordered(self.learn.yb, order)
 
 @patch
 def _give_back(self:MixCallback):
     "The targets that are away, if any, back to the learner; those that another callback has set meanwhile stay"
-    away,self._batch.away = self._batch.away,None
-    if away is None or len(self.learn.yb): return False
-    self.learn.yb = away
-    return True
+    b = self._batch
+    away,b.away = b.away,None
+    if away is None: return False
+    if len(self.learn.yb): b.sources = None
+    else: self.learn.yb = away
+    return b.sources is not None
 
 @patch
 def _clear(self:MixCallback): vars(self._batch).clear()  # fastai checks each attribute that is set on a callback
+
+@patch
+def _current(self:MixCallback):
+    "What is known of the current batch; of a batch of the validation, nothing"
+    return self._batch if self.learn is not None and self.learn.training else _Live
+
+@patch
+def _leave(self:MixCallback):
+    "Leave a whole batch behind, whoever comes next; the model too is let go of"
+    with suppress(Exception): self.after_loss()  # whose words would hide those of the error that ends us
+    self._clear()
+    vars(self).update(_ready=False, _places=None)
 
 def _same(yb, seen):
     "Are these the targets that were seen? A cast keeps their memory, a copy their values"
@@ -335,26 +393,31 @@ _do_one_batch = Learner._do_one_batch
 
 @patch
 def _do_one_batch(self:Learner, _run=_do_one_batch):
-    "fastai's, with the place that the mixing callback has chosen held open"
+    "fastai's, with the place that the mixing callback has chosen held open; the targets are back, however it ends"
     mixer = mixing_callback(self)
-    place = mixer.place if mixer is not None and self.training else None
-    if place is None: return _run(self)
+    if mixer is None or not self.training: return _run(self)
+    place = mixer.place
     try:  # an interrupt may come between the hook and the first line of a `with` block
-        place.__enter__()
+        if place is not None: place.__enter__()
         _run(self)
-    finally: place.__exit__()
+    finally:
+        if place is not None: place.__exit__()
+        mixer._give_back()
 
 @property
-def _learner(self): return self._learn
+def _learner(self):
+    "The learner that has this callback; a learner that has a twin of it may have said that it is removed"
+    last = self._last and self._last()
+    if self._learn is None and last is not None and any(cb is self for cb in last.cbs): return last
+    return self._learn
 
 @_learner.setter
 def _learner(self, learn):
-    old = self._learn
+    old = self.learn
     if old is not None and old is not learn:
-        if self._batch.away is not None: self.after_loss()  # targets and loss, whoever comes next
-        self._clear()
+        self._leave()
         if learn is not None and self in old.cbs: _leave_twin(self, old)
-    self.__dict__['_learn'] = learn
+    vars(self).update(_learn=learn, _last=weakref.ref(learn or old) if learn or old else None)
 
 MixCallback.learn = _learner
 
@@ -362,6 +425,7 @@ def _leave_twin(cb, learn):
     "`learn` keeps a callback like `cb`, with a state of its own"
     twin = copy(cb)
     twin._init_state()
+    twin._kind = cb._kind
     learn.cbs[learn.cbs.index(cb)] = twin
     setattr(learn, cb.name, twin)
 

@@ -21,8 +21,8 @@ from .mix import Mix, check_mix
 from .tensors import all_of, dense, is_number, is_sequence
 
 # %% auto #0
-__all__ = ['uncompiled', 'takes_numbers', 'as_numbers', 'by_row', 'is_by_row', 'loss_name', 'mixed_loss', 'source_loss',
-           'check_targets', 'check_positions', 'check_sizes']
+__all__ = ['uncompiled', 'takes_numbers', 'takes_signs', 'as_numbers', 'by_row', 'is_by_row', 'loss_name', 'mixed_loss',
+           'source_loss', 'check_targets', 'check_positions', 'check_sizes']
 
 # %% ../nbs/api/06_losses.ipynb #numbers
 _number_losses = {nn.BCEWithLogitsLoss, nn.BCELoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
@@ -42,16 +42,18 @@ def takes_numbers(
     f = uncompiled(loss_func)
     if isinstance(f, partial): return takes_numbers(f.func)
     if isinstance(f, fastai_loss('BaseLoss')):
-        return type(f.func) in _number_losses or f.floatify and not _takes_signs(f)
+        return type(f.func) in _number_losses or f.floatify and not takes_signs(f)
     return (f if inspect.isroutine(f) else type(f)) in _number_losses
 
 _sign_losses = {nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MarginRankingLoss, nn.CosineEmbeddingLoss,
     F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss, F.cosine_embedding_loss}
 
-def _takes_signs(f):
+def takes_signs(
+    loss_func:Callable # Any loss
+)->bool:
     "Does it know the targets 1 and -1 only, and nothing between them?"
-    f = uncompiled(f)
-    if isinstance(f, (partial, *fastai_loss('BaseLoss'))): return _takes_signs(f.func)
+    f = uncompiled(loss_func)
+    if isinstance(f, (partial, *fastai_loss('BaseLoss'))): return takes_signs(f.func)
     return (f if inspect.isroutine(f) else type(f)) in _sign_losses
 
 def as_numbers(
@@ -59,7 +61,7 @@ def as_numbers(
     yb:Sequence # Targets
 )->tuple:
     "`yb`, with integers made floating if `loss_func` compares numbers; a TypeError if it takes signs that are floating"
-    if any(map(is_number, yb[-1:])) and _takes_signs(loss_func):
+    if any(map(is_number, yb[-1:])) and takes_signs(loss_func):
         raise TypeError(f"{loss_name(loss_func)} knows the targets 1 and -1, and nothing between them, so they "
             "can't be blended; give them as integers: y.long()")
     return tuple(y if is_number(y) else y.float() for y in yb) if takes_numbers(loss_func) else tuple(yb)
@@ -90,7 +92,7 @@ def is_by_row(
 
 def _marked(f):
     "Is there a mark on it, or on a class whose computation it keeps?"
-    if isinstance(f, partial): return _marked(f.func)
+    if isinstance(f, partial): return not hasattr(f.func, 'reduction') and _marked(f.func)
     owner = next((o for o in (f, *type(f).__mro__) if 'mixes_by_row' in getattr(o, '__dict__', ())), None)
     return owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
 
@@ -130,21 +132,23 @@ def _laid(share, y):
     return s.reshape(y.shape if s.numel()==y.numel() else (-1, *[1]*(y.dim()-1)))
 
 def _unreduced(f, pred, yb):
-    "The loss, with its reduction set to 'none' for this call"
-    owner = _reduces(f)
-    if not hasattr(owner, 'reduction'): return f(pred, *yb, reduction='none')
-    was = owner.reduction
-    try:
-        _set_reduction(owner, 'none')
-        return f(pred, *yb)
-    finally: _set_reduction(owner, was)
-
-def _reduces(f): return f.func if isinstance(f, partial) and hasattr(f.func, 'reduction') else f
-
-def _set_reduction(f, value):
-    try: f.reduction = value
+    "The loss as it comes. A copy is set to 'none': whatever interrupts us, the loss itself stays as it is"
+    if not hasattr(f, 'reduction'): return f(pred, *yb, reduction='none')
+    if torch.compiler.is_compiling(): return _set_to_none(f, pred, yb)  # a compiler can't copy a module
+    elsewhere = isinstance(getattr(type(f), 'reduction', None), property)  # in a part, which must be a copy too
+    g = _aside(f) if elsewhere else copy(f)
+    try: g.reduction = 'none'
     except AttributeError as e:
         raise TypeError(f"by_row: the reduction of {loss_name(f)} can't be set to 'none'") from e
+    values = g(pred, *yb)
+    if not elsewhere: vars(f).update({k:v for k,v in vars(g).items() if k!='reduction' and vars(f).get(k) is not v})
+    return values
+
+def _set_to_none(f, pred, yb):
+    "The loss itself, unreduced for this call"
+    was,f.reduction = f.reduction,'none'
+    try: return f(pred, *yb)
+    finally: f.reduction = was
 
 def _over_values(f, share, values, y):
     "A share for each of the unreduced `values`"
@@ -164,7 +168,7 @@ def _row_loss(f, pred, sources):
     for values,(targets,share) in zip(_called_for_each(_unreduced, f, pred, sources), sources):
         own = _over_values(f, share, values, targets[0]).to(values.dtype)
         total = total + (own*values).masked_fill(own==0, 0)
-    red = getattr(_reduces(f), 'reduction', None) or _reduction(f)
+    red = f.reduction if hasattr(f, 'reduction') else _reduction(f)
     return total.mean() if red=='mean' else total.sum() if red=='sum' else total
 
 def _reduction(f):

@@ -6,12 +6,14 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/places.html.md"""
 
 # %% ../nbs/api/09_places.ipynb #imports
 from __future__ import annotations
+import reprlib, sys
 from collections.abc import Callable, Sequence
 from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils import checkpoint
 from .mix import Mix
 from .tensors import first, is_sequence
 
@@ -40,6 +42,9 @@ class Place:
         if module is not self.module and module is not self.model: return
         if module is self.model or not self.in_parts: self.hook.remove()
         if module is not self.module: return
+        if _in_checkpoint():
+            raise RuntimeError(f"at: {type(module).__name__} lies in a checkpointed part of the model, which the backward "
+                "pass computes anew without the mix; name a module outside of it")
         self.done = True
         return (self.f(out[0]), *out[1:]) if self.recurrent and isinstance(out, tuple) else self.f(out)
 
@@ -54,6 +59,12 @@ class Place:
         if self.in_parts and 0<len(x)<n: return x[:1].expand(n, *x.shape[1:])
         raise ValueError(f"at: the output of {name} has shape {tuple(x.shape)}, but the batch has {n} rows; "
             "name a module whose output has one row per item")
+
+def _in_checkpoint():
+    "Are we called from within `torch.utils.checkpoint`?"
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename!=checkpoint.__file__: frame = frame.f_back
+    return frame is not None
 
 def _innermost(m):
     "The module that wrappers with one child wrap"
@@ -170,6 +181,8 @@ def find_places(
         raise ValueError(f"at={at!r} must be 'stages', or name modules: at=lambda model: [None, model[0]]")
     if isinstance(at, str): places = [None, *_stages(model)]
     else: places = at(model) if callable(at) and not isinstance(at, nn.Module) else at
+    if not (places is None or isinstance(places, (nn.Module, Sequence))):
+        raise TypeError(f"at names {reprlib.repr(places)}; it must name a module, or a list of them (None: the input)")
     places = [places] if places is None or isinstance(places, nn.Module) else list(places)
     inside = set(model.modules())
     for m in places:

@@ -24,7 +24,7 @@ def check_value(
     rule = "a finite number >= 0" if high==inf else f"a number from 0 to {high:g}"
     rule = (f"{name}={value!r} must be {rule}, or a function of the fraction of training done; "
         f"{name}=0 switches mixing off")
-    if callable(value): return value
+    if callable(value) and not isinstance(value, type): return value
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(rule)
     if not 0<=value<=high or value==inf: raise ValueError(rule)
     return value

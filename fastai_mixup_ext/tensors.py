@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['plain', 'like', 'is_number', 'lerp_dtype', 'dense', 'is_dense', 'is_sequence', 'all_of', 'first', 'rebuilt',
-           'take_rows']
+           'reordered', 'take_rows']
 
 # %% ../nbs/api/00_tensors.ipynb #plain
 def plain(
@@ -105,6 +105,15 @@ def rebuilt(
     return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
 
 # %% ../nbs/api/00_tensors.ipynb #rows
+def reordered(
+    o, # A tensor with n rows, or a sequence or mapping of such; anything else stays
+    rows:Tensor # (n,) int64, a permutation
+):
+    "The same structure, with its rows in another order"
+    if isinstance(o, Tensor): return o[rows]
+    if isinstance(o, Mapping): return rebuilt(o, [reordered(v, rows) for v in o.values()])
+    return rebuilt(o, [reordered(v, rows) for v in o]) if is_sequence(o) else o
+
 def take_rows(
     ts:Sequence, # Tensors with n rows each
     rows:Tensor # (m,) int64

@@ -294,30 +294,49 @@ def test_a_loss_that_comes_from_a_file_is_the_same(f):
     pred,y = draw('n')
     assert_close(mixed_loss(pickle.loads(pickle.dumps(f)), pred, y, mix), mixed_loss(f, pred, y, mix), rtol=0, atol=0)
 
-class Outer(nn.Module):
-    "Its reduction is that of its part, and it counts its calls"
-    def __init__(self, exc=None):
+class Counts(nn.Module):
+    "It counts its calls, in an attribute, in a tensor, in a buffer and in a part"
+    def __init__(self):
         super().__init__()
-        self.part,self.calls,self.exc,self.seen = nn.CrossEntropyLoss(),0,exc,torch.ones(())
-    reduction = property(lambda self: self.part.reduction, lambda self, value: setattr(self.part, 'reduction', value))
+        self.reduction,self.calls,self.seen,self.part = 'mean',0,torch.ones(()),nn.BatchNorm1d(1)
+        self.register_buffer('grown', torch.ones(()))
     def forward(self, pred, y):
         self.calls += 1
         self.seen *= 2
-        if self.exc: raise self.exc
-        return self.part(pred, y)*self.calls*self.seen
-
-@pytest.mark.parametrize('exc', [ValueError('own words'), KeyboardInterrupt()], ids=named)
-def test_after_its_values_were_taken_a_marked_loss_has_its_reduction(exc):
-    f = by_row(Outer(exc))
-    with pytest.raises(type(exc)): mixed_loss(f, *draw('n'), mix)
-    assert f.reduction=='mean'
+        self.grown = self.grown+1
+        self.part(torch.randn(2, 1))
+        values = F.cross_entropy(pred, y, reduction='none')*self.calls*self.seen.clone()*self.grown
+        return values.mean() if self.reduction=='mean' else values
 
 def test_a_marked_loss_moves_its_state_once_a_step():
     pred,y = draw('n')
-    ours,plain = by_row(Outer()),Outer()
+    ours,plain = by_row(Counts()),Counts()
     for _ in range(3): assert_close(mixed_loss(ours, pred, y, one), plain(pred, y))
     mixed_loss(ours, pred, y, mix)
-    assert (ours.calls, ours.seen, ours.reduction)==(4, 16, 'mean') and ours(pred, y).dim()==0
+    assert (ours.calls, ours.seen, ours.grown, ours.part.num_batches_tracked, ours.reduction)==(4, 16, 5, 4, 'mean')
+
+class Forwards(nn.Module):
+    "Its reduction is that of its part"
+    def __init__(self):
+        super().__init__()
+        self.part,self.seen = nn.MultiMarginLoss(),[]
+    reduction = property(lambda self: self.part.reduction, lambda self, value: setattr(self.part, 'reduction', value))
+    def forward(self, pred, y): return self.part(pred, y)
+
+def test_a_marked_loss_whose_part_has_the_reduction():
+    (pred,y),f = draw('n'),by_row(Forwards())
+    assert_close(mixed_loss(f, pred, y, mix), mixed_loss(nn.MultiMarginLoss(), pred, y, mix))
+    assert f.part.reduction=='mean'
+
+def test_while_its_values_are_taken_the_loss_itself_keeps_its_reduction():
+    seen = []
+    class Peeks(nn.CrossEntropyLoss):
+        def forward(self, pred, y):
+            seen.append((self.reduction, f.reduction))
+            return super().forward(pred, y)
+    f = by_row(Peeks())
+    mixed_loss(f, *draw('n'), mix)
+    assert seen==[('none', 'mean')]*2
 
 def test_a_mark_counts_for_the_computation_that_was_marked():
     class Own(nn.Module):
@@ -330,9 +349,9 @@ def test_a_mark_counts_for_the_computation_that_was_marked():
 
 def test_a_marked_loss_in_a_partial():
     pred,y = draw('n')
-    f = by_row(nn.MultiMarginLoss())
-    assert_close(mixed_loss(partial(f), pred, y, mix), mixed_loss(f, pred, y, mix))
-    assert f.reduction=='mean' and not is_by_row(partial(F.multi_margin_loss, size_average=False))
+    f = partial(by_row(nn.MultiMarginLoss()))  # takes no keyword `reduction`, so it is called whole
+    assert_close(mixed_loss(f, pred, y, even), .7*f(pred, y)+.3*f(pred, y[even.partner]))
+    assert not is_by_row(f) and not is_by_row(partial(F.multi_margin_loss, size_average=False))
 
 @pytest.mark.parametrize('shape', [lambda v: v.T, lambda v: v.repeat(2, 1).flatten()], ids=['turned', 'doubled'])
 def test_values_that_do_not_belong_to_the_rows_are_refused(shape):
