@@ -57,7 +57,7 @@ At = nn.Module | Sequence | Callable | None
 class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
-    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places','_ready','_last','_kind'
+    _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places','_ready','_last','_kind','_within'
     _learn,_run,_last = None,True,None
 
     def __init__(self,
@@ -84,7 +84,7 @@ class MixCallback(Callback):
     def _init_state(self):
         self._gens,self._scratch,self._state = {},{},{}
         self._batch,self._said,self._loss,self._sorts,self._places = _Live(),False,_Loss(None),False,None
-        self._ready,self._last,self._kind = False,None,object()
+        self._ready,self._last,self._kind,self._within = False,None,object(),False
 
     def __eq__(self, other): return isinstance(other, MixCallback) and other._kind is self._kind  # twins are equal
     def __hash__(self): return hash(self._kind)
@@ -96,6 +96,7 @@ class MixCallback(Callback):
 
     def before_fit(self):
         "Refuse a second mixing callback, and places that the model does not have"
+        if self._within: return
         self._ready = False
         self._prepare()
 
@@ -157,19 +158,16 @@ class MixCallback(Callback):
         if self._batch.over: self._clear()
 
     def forget(self):
-        "Let go of the last batch"
+        "Let go of the last batch; but a callback may validate in the middle of one, which then goes on"
+        if self._within: return
         self._clear()
         self._scratch = {}
 
-    after_train = after_epoch = forget
-
-    def before_validate(self):
-        "A callback may validate in the middle of a batch, which then goes on"
-        if self._batch.over: self.forget()
+    before_validate = after_train = after_epoch = forget
 
     def after_fit(self):
         "Let go of the model too"
-        self._places = None
+        if not self._within: self._places = None
 
     @property
     def mix(self)->Mix|None:
@@ -389,7 +387,17 @@ def _check_pad(mix, model):
         raise ValueError(f"the model's padding, {pad}, must not be pasted over words; use spanmix(pad={pad})")
 
 # %% ../nbs/api/10_callback.ipynb #batch-patch
-_do_one_batch = Learner._do_one_batch
+_one_batch,_do_one_batch = Learner.one_batch,Learner._do_one_batch
+
+@patch
+def one_batch(self:Learner, *args, _run=_one_batch, **kwargs):
+    "fastai's; the mixing callback knows from where to where a training batch goes"
+    mixer = mixing_callback(self)
+    if mixer is None or not self.training: return _run(self, *args, **kwargs)
+    try:
+        vars(mixer)['_within'] = True
+        _run(self, *args, **kwargs)
+    finally: vars(mixer)['_within'] = False
 
 @patch
 def _do_one_batch(self:Learner, _run=_do_one_batch):
@@ -403,6 +411,7 @@ def _do_one_batch(self:Learner, _run=_do_one_batch):
     finally:
         if place is not None: place.__exit__()
         mixer._give_back()
+        vars(mixer)['_within'] = False  # twice, since an interrupt may come between any two lines
 
 @property
 def _learner(self):
@@ -425,7 +434,7 @@ def _leave_twin(cb, learn):
     "`learn` keeps a callback like `cb`, with a state of its own"
     twin = copy(cb)
     twin._init_state()
-    twin._kind = cb._kind
+    vars(twin).update(_kind=cb._kind, _learn=learn)
     learn.cbs[learn.cbs.index(cb)] = twin
     setattr(learn, cb.name, twin)
 

@@ -43,8 +43,8 @@ class Place:
         if module is self.model or not self.in_parts: self.hook.remove()
         if module is not self.module: return
         if _in_checkpoint():
-            raise RuntimeError(f"at: {type(module).__name__} lies in a checkpointed part of the model, which the backward "
-                "pass computes anew without the mix; name a module outside of it")
+            raise RuntimeError(f"at: {type(module).__name__} lies in a checkpointed part of the model, which the "
+                "backward pass computes anew without the mix; name a module outside of it")
         self.done = True
         return (self.f(out[0]), *out[1:]) if self.recurrent and isinstance(out, tuple) else self.f(out)
 
