@@ -8,6 +8,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/embeddings.html.md
 from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 import torch
 import torch.nn.functional as F
@@ -27,31 +28,34 @@ class MixedIds(Tensor):
         other:Tensor, # Their partners', of the same shape
         lam:Tensor # The share of each id, floating, of the same shape
     ):
-        res = Tensor._make_subclass(cls, own)
+        never = torch.full_like(own, torch.iinfo(own.dtype).min)  # no ids: who passes us by fails at its embedding
+        res = Tensor._make_subclass(cls, never)
         res.own,res.other,res.lam = own,other,lam
         return res
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None): return _on_both(func, args, kwargs or {})
     def as_subclass(self, cls): return self  # it stays what it is when fastai casts a batch to plain tensors
+    def __copy__(self): return MixedIds(self.own, self.other, self.lam)
     def __reduce_ex__(self, proto): return self.own.__reduce_ex__(proto)
 
 # %% ../nbs/api/07_embeddings.ipynb #both
 def _on_both(func, args, kwargs):
     "`func` on the ids and on their partners, and what the two results make together"
-    lam = all_of((args, kwargs), MixedIds)[0].lam
-    ours = isinstance(args[0] if args else None, MixedIds)  # a method of ids, or do they only take part?
-    if not _keeps(func) or not ours and (_writes(func) or 'out' in kwargs): raise _lost(func, lam)
+    ids = all_of((args, kwargs), MixedIds)
+    ours = isinstance(args[0] if args else kwargs.get('input'), MixedIds)  # a method of ids, or do they only take part?
+    if not _keeps(func) or not ours and (_writes(func) or 'out' in kwargs): raise _lost(func, ids[0].lam)
+    if _writes(func): _check_written(func, args, ids)
     own = func(*_part(args, 'own'), **_part(kwargs, 'own'))
     if func in _made_new or func in _like and not ours: return own
     if own is not None and not all_of(own): return own              # an answer that is no tensor: a shape, a dtype
+    if func.__name__=='__get__' and own is not None and func not in _moves: raise _lost(func, ids[0].lam)
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
     if own is None: return                                          # written in place, on both
-    if func in _joins: lam = func(*_filled(args, lam), **_filled(kwargs, lam))
-    elif func in _moves and ours: lam = func(*_part(args, 'lam'), **_part(kwargs, 'lam'))
-    if isinstance(own, Tensor): return _together(func, own, other, lam)
-    lams = lam if isinstance(lam, (tuple, list)) else [lam]*len(own)
-    return type(own)(_together(func, a, b, l) for a,b,l in zip(own, other, lams))
+    if isinstance(own, Tensor) and own.dtype==torch.bool: return own & other if func in _all_of else own | other
+    lam = _shares(func, args, kwargs, own, ids, ours)
+    if isinstance(own, Tensor): return _together(own, other, lam)
+    return type(own)(_together(*parts) for parts in zip(own, other, lam))
 
 def _part(o, name):
     "`o` with every `MixedIds` in it replaced by one of its parts"
@@ -67,30 +71,81 @@ def _filled(o, lam):
     if not isinstance(o, Tensor): return o
     return _by_row(lam, o).expand(o.shape) if o.dim() and len(o)==len(lam) else torch.ones_like(o, dtype=lam.dtype)
 
-def _together(func, own, other, lam):
-    "One result of the two: truth values joined, ids kept as a pair, numbers interpolated"
-    if own.dtype==torch.bool: return own & other if func in _all_of else own | other
-    lam = _fit(lam, own, func)
+def _together(own, other, lam):
+    "One result of the two: ids kept as a pair, numbers interpolated"
+    lam = lam.to(own.device)
     if not own.is_floating_point(): return MixedIds(own, other, lam.expand(own.shape).contiguous())
     if own.dtype in (torch.float32, torch.float64): return torch.lerp(other, own, lam.to(own.dtype))
     return torch.lerp(other.float(), own.float(), lam.float()).to(own.dtype)
 
-def _fit(lam, like, func):
-    "`lam` with the axes of `like`: position for position, or else row for row"
-    if lam.shape==like.shape[:lam.dim()]: return lam.view(*lam.shape, *[1]*(like.dim()-lam.dim()))
-    by_row = like.dim() and lam.dim() and len(lam)==len(like)
-    if not by_row: raise _lost(func, lam, f'made {tuple(like.shape)} of them')
-    return _by_row(lam, like)
+def _shares(func, args, kwargs, own, ids, ours):
+    "The share of each value of the result, to be broadcast; an error where it is not known for certain"
+    lam = ids[0].lam
+    def arg(i, name, default=None): return args[i] if len(args)>i else kwargs.get(name, default)
+    def first_axes(lam): return lam.reshape(*lam.shape, *[1]*(own.dim()-lam.dim()))
+    if func in _joins: return func(*_filled(args, lam), **_filled(kwargs, lam))
+    if func in _wheres and len(args)==3:
+        a,b = (_filled(o, lam) for o in (args[1:] if func is torch.where else args[::2]))
+        return torch.where(args[0] if func is torch.where else args[1], a, b)
+    if func in _moves and ours:
+        if len(ids)>1 or any(isinstance(o, torch.dtype) for o in (*args, *kwargs.values())): raise _lost(func, lam)
+        return func(*_part(args, 'lam'), **_part(kwargs, 'lam'))
+    if func is F.pad and arg(2, 'mode', 'constant')=='constant': return F.pad(lam, arg(1, 'pad'), value=1.)
+    if func is F.one_hot and arg(1, 'num_classes', -1)==-1: raise _lost(func, lam, 'needs num_classes')
+    if func in (F.embedding, F.one_hot): return first_axes(lam)
+    if func is F.embedding_bag and lam.dim()==2 and arg(2, 'offsets') is None: return _constant(func, lam, 1, True)
+    if func in _sums:
+        dim,keep = arg(1, 'dim', kwargs.get('axis')),arg(2, 'keepdim', False)
+        if dim is not None: return _constant(func, lam, dim, keep)
+    elif func is Tensor.__getitem__ and not ours: return first_axes(_index_shares(func, args[1], ids))
+    elif func in _selects and not ours and arg(1, 'dim') in (0, -own.dim()): return first_axes(lam)
+    elif own.dim()>=lam.dim() and func in _each:
+        _check_same(func, ids)
+        return lam.expand(own.shape)
+    raise _lost(func, lam, f'made {tuple(own.shape)} of them')
+
+def _constant(func, lam, dim, keep):
+    "The shares along axes that are summed up, where they are all alike"
+    high = lam.amax(dim, keepdim=keep)
+    if torch.equal(high, lam.amin(dim, keepdim=keep)): return high
+    raise _lost(func, lam, 'brings ids with different shares together')
+
+def _index_shares(func, index, ids):
+    "The shares of positions in a table: its first axes are indexed, by numbers and tensors only"
+    index = index if isinstance(index, tuple) else (index,)
+    begin = [*takewhile(lambda o: isinstance(o, (int, Tensor)), index)]
+    if any(isinstance(o, Tensor) for o in index[len(begin):]) or any(o.dtype==torch.bool for o in all_of(begin)):
+        raise _lost(func, ids[0].lam)
+    _check_same(func, ids)
+    return ids[0].lam.expand(torch.broadcast_shapes(*(o.shape for o in all_of(begin))))
+
+def _check_same(func, ids):
+    "Ids that come together in one value must have one share"
+    lam = ids[0].lam
+    for o in ids[1:]:
+        if o.lam is not lam and not o.lam.is_set_to(lam) and not torch.equal(*torch.broadcast_tensors(o.lam, lam)):
+            raise _lost(func, lam, 'brings ids with different shares together')
+
+def _check_written(func, args, ids):
+    "What is written over ids in place must have their shares, unless it is the same for a row and its partner"
+    if len(ids)==1 and isinstance(args[0], MixedIds): return
+    if func is not Tensor.__setitem__: return _check_same(func, ids)
+    here = args[0].lam[args[1]] if len(ids)==2 and isinstance(args[2], MixedIds) else None
+    if here is None or not torch.equal(here, args[2].lam.expand_as(here)):
+        raise _lost(func, ids[0].lam, 'brings ids with different shares together')
 
 def _by_row(lam, like): return lam.reshape(len(lam), -1)[:,0].view(-1, *[1]*(like.dim()-1))
 
-def _keeps(func): return func in _allowed or func.__name__=='__get__' or func.__name__.startswith(('is_', '_is_'))
+def _name(func): return getattr(func, '__name__', type(func).__name__)
 
-def _writes(func): return func.__name__=='__setitem__' or func.__name__[-1]=='_' and func.__name__[-2:]!='__'
+def _keeps(func): return func in _allowed or _name(func)=='__get__' or _name(func).startswith(('is_', '_is_'))
+
+def _writes(func): return _name(func)=='__setitem__' or _name(func)[-1]=='_' and _name(func)[-2:]!='__'
 
 def _lost(func, lam, what='is not known to keep the mix'):
-    ids = f"ids of shape {tuple(lam.shape)} were mixed, but {func.__name__} {what}"
-    if 'loss' in func.__name__ or 'entropy' in func.__name__:
+    name = _name(func)
+    ids = f"ids of shape {tuple(lam.shape)} were mixed, but {name} {what}"
+    if 'loss' in name or 'entropy' in name:
         return TypeError(f"{ids}: a loss wants targets. Labels among the inputs are mixed as inputs; "
             "give them as targets (`dls.n_inp`), and compute the loss in loss_func, not in the model")
     return TypeError(f"{ids}; name the module to mix at instead: at=model.embedding")
@@ -100,7 +155,7 @@ def _named(names, *owners): return {getattr(o, n) for n in names.split() for o i
 _moves = _named('reshape flatten unflatten ravel unsqueeze squeeze transpose permute t unbind chunk split tensor_split '
     'narrow select index_select clone detach movedim moveaxis swapaxes swapdims flip roll repeat_interleave tile '
     'gather take_along_dim masked_select', torch, Tensor)
-_moves |= _named('__getitem__ view view_as expand expand_as repeat contiguous cpu cuda pin_memory', Tensor)
+_moves |= _named('__getitem__ view view_as reshape_as expand expand_as repeat contiguous cpu cuda pin_memory', Tensor)
 _moves |= {o.__get__ for o in (Tensor.T, Tensor.mT, Tensor.data)}
 _joins = _named('cat concat stack hstack vstack', torch)
 _like = _named('to type_as expand_as view_as reshape_as', Tensor)
@@ -115,10 +170,14 @@ _counts = _named('add sub mul div true_divide floor_divide remainder neg clamp w
 _counts |= _named('__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ '
     '__floordiv__ __mod__ __neg__', Tensor)
 _looks_up = {F.embedding, F.embedding_bag, F.one_hot, F.pad}
+_wheres,_sums = _named('where', torch, Tensor),_named('sum mean argmax', torch, Tensor)
+_selects = _named('index_select', torch, Tensor)
+_each = _compares | _casts | (_counts - _wheres - _sums) | _named('gather take_along_dim', torch, Tensor)
 _in_place = _named('__setitem__ masked_fill_ fill_ add_ sub_ clamp_ record_stream', Tensor)
 _asks = _named('size dim ndimension numel nelement stride storage_offset element_size '
     'get_device __len__ __repr__ __format__ __hash__ data_ptr untyped_storage', Tensor) | _named(
     'numel', torch)
+_each |= _like | _in_place | _named('__deepcopy__', Tensor)
 _allowed = set().union(_moves, _joins, _like, _made_new, _compares, _casts, _counts, _looks_up, _in_place, _asks,
     _named('__deepcopy__', Tensor))
 

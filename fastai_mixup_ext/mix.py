@@ -63,7 +63,7 @@ class Mix:
         if self.mask is None or self.mask.dim()==1: return None
         x,sp = plain(x),self.mask.shape[2:]
         if x.shape[2:]==sp: return self.mask
-        if x.shape[1:]==sp and (len(sp)>1 or not x.is_floating_point()): return self.mask[:,0]
+        if x.shape[1:]==sp and (len(sp)>1 or not is_number(x)): return self.mask[:,0]
         if x.dim()<=2: return None
         raise ValueError(f"a tensor of shape {tuple(x.shape)} can't be cut by a mask over {tuple(sp)}; "
             f"its positions must be {tuple(sp)}, behind the rows or the channels")
@@ -76,7 +76,7 @@ class Mix:
 
     def giver(self)->Tensor:
         "(n,) The row whose values come in: the partner, or the row itself if it keeps all of its own"
-        own = torch.arange(len(self), device=self.partner.device)
+        own = torch.arange(self.partner.shape[0], device=self.partner.device)
         return torch.where(self._by_row()==1, own, self.partner)
 
     def _by_row(self): return self.mask if self.mask is not None and self.mask.dim()==1 else self.lam
@@ -87,6 +87,7 @@ class Mix:
         if p.shape[:1]!=self.partner.shape:
             raise ValueError(f"blend: x has shape {tuple(x.shape)} but the mix has {len(self)} rows; "
                 "both need the same first axis")
+        if out is not None: _check_out(out, x)
         return like(_mixed(p, self, out), x)
 
     def sources(self, yb:Sequence)->list:
@@ -138,20 +139,30 @@ def _mixed(x, mix, out):
         other = torch.index_select(x, 0, partner, out=torch.empty_like(x) if out is None else out)
     if boxed and other.stride()!=x.stride(): other = torch.empty_like(x).copy_(other)  # channels last
     if own.dtype==torch.bool: res = _select(x, other, own, pure)
-    else:
-        res,whole = _lerp(x, other, own),own==1
-        if over is not None or _spreads(x, whole): res = _select(x, res, whole, pure)
+    else:  # a sum does not keep all that a row or a position holds which takes no part: inf, NaN, -0
+        whole = own==1
+        if over is not None: res = _select(x, torch.where(own==0, other, _lerp(x, other.clone(), own)), whole, pure)
+        else: res = _kept(x, _lerp(x, other, own), whole, pure)
     return res if out is None or res is out else out.copy_(res)
 
 def _interpolates(x): return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8
 
-def _spreads(x, whole):
-    "May a whole row hold what is not finite? A sum can't keep that: `inf-inf` is NaN. An accelerator is not waited for"
-    if x.device.type!='cpu' or torch.compiler.is_compiling(): return True
-    try: return bool(whole.any()) and not x.sum(dtype=lerp_dtype(x)).isfinite()
+def _kept(x, res, whole, pure):
+    "`res`, with the whole rows, which are few, as they are in `x`. An accelerator is not waited for to say how many"
+    if x.device.type!='cpu' or torch.compiler.is_compiling(): return _select(x, res, whole, pure)
+    try: rows = whole.flatten().nonzero().flatten()
     except RuntimeError as e:
         if isinstance(e, torch.cuda.OutOfMemoryError): raise
-        return True  # under vmap there is an answer for each copy
+        return _select(x, res, whole, pure)  # under vmap there is an answer for each copy
+    if len(rows)==0: return res
+    return _select(x, res, whole, pure) if pure else res.index_copy_(0, rows, x.index_select(0, rows))
+
+def _check_out(out, x):
+    fits = isinstance(out, Tensor) and out is not x and (out.shape, out.dtype, out.device)==(x.shape, x.dtype, x.device)
+    if fits: return
+    got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    raise ValueError(f"blend: out is {'x itself' if out is x else got}; it must be other memory for {x.dtype} of shape "
+        f"{tuple(x.shape)}: torch.empty_like(x)")
 
 def _select(x, other, own, pure):
     "`x` where `own` is true, else `other`; into the memory of `other` where nobody differentiates"
@@ -164,9 +175,11 @@ def _lerp(x, other, own):
     "`own*x + (1-own)*other`, into `other` where its dtype can hold it, else by way of float32"
     kind = lerp_dtype(x)
     if own.dtype!=kind: own = own.to(kind)
-    if x.dtype==kind: return other.lerp_(x, own)
+    if x.dtype==kind:
+        try: return other.lerp_(x, own)
+        except RuntimeError: return other.lerp(x, own)  # vmap over the shares alone
     res = other.to(kind).lerp_(x.to(kind), own)
-    return (res if x.is_floating_point() else res.round_()).to(x.dtype)
+    return (res if is_number(x) else res.round_()).to(x.dtype)
 
 # %% ../nbs/api/01_mix.ipynb #blend
 def blend(

@@ -118,7 +118,9 @@ class by_target_distance:
         if not len(x): return shuffled(x)
         y = found[0].reshape(len(x), -1)
         if y.dtype!=torch.float64: y = y.float()
-        log_p = -(y[:,None]-y).square().sum(-1) / (2*self.bandwidth**2)
+        log_p = ((y[:,None]-y)/float(self.bandwidth)).square().sum(-1)/-2
+        rows = torch.arange(len(x), device=x.device)  # a NaN has no neighbour but itself
+        log_p = log_p.masked_fill(log_p.isnan(), -torch.inf).masked_fill(rows[:,None]==rows, 0)
         noise = uniform(log_p.shape, x.device, generator).clamp_(min=1e-30)
         return (log_p - (-noise.log()).log()).argmax(1)
 

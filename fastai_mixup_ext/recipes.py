@@ -74,6 +74,8 @@ class Batch:
             f"but x has shape {tuple(self.x.shape)}; use mixup for it, or spanmix if it holds token ids")
 
 # %% ../nbs/api/04_recipes.ipynb #recipe
+def _on_host(generator): return generator if generator is not None and generator.device.type=='cpu' else None
+
 class Recipe:
     "Draws a `Mix`; to write one, define `draw`"
     def draw(self, batch:Batch)->Mix:
@@ -101,10 +103,11 @@ class Recipe:
     )->Mix:
         "The mix for `x`"
         if not isinstance(x, Tensor) or x.dim()==0 or not is_dense(plain(x)):
-            got = f"one with layout {x.layout} and {x.dim()} axes" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            got = f"one of {x.dim()} axes and layout {x.layout}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            if isinstance(x, Tensor) and x.layout==torch.strided and x.dim(): got = "a quantised or nested one"
             raise TypeError(f"{self!r}: x must be a dense tensor with one row per item, not {got}")
-        host = generator if generator is not None and generator.device.type=='cpu' else None
-        return self.chosen(progress, host).checked_draw(Batch(x, yb, pair=pair, progress=progress, generator=generator))
+        batch = Batch(x, yb, pair=pair, progress=progress, generator=generator)
+        return self.chosen(progress, _on_host(generator)).checked_draw(batch)
 
     def checked_draw(self, batch:Batch)->Mix:
         "`draw`, with a TypeError if that is no mix of the batch's rows"
@@ -173,8 +176,10 @@ class resizemix(Recipe):
 
     def __post_init__(self):
         s = self.scale
-        if not (isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s) and 0<s[0]<=s[1]<=1):
+        pair = isinstance(s, (tuple,list)) and len(s)==2 and all(isinstance(o, Real) for o in s)
+        if not (pair and 0<s[0]<=s[1]<=1) or any(isinstance(o, bool) for o in s):
             raise ValueError(f"scale={self.scale!r} must be a pair (low, high) with 0 < low <= high <= 1")
+        object.__setattr__(self, 'scale', tuple(map(float, s)))
 
     def draw(self, batch):
         sizes,(lo,hi) = batch.sizes('resizemix'),self.scale
@@ -194,8 +199,8 @@ class fmix(WithAlpha):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not self.decay>=0:
-            raise ValueError(f"decay={self.decay!r} must be a number >= 0; 3 is the paper's")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, Real) or not 0<=self.decay<math.inf:
+            raise ValueError(f"decay={self.decay!r} must be a finite number >= 0; 3 is the paper's")
 
     def draw(self, batch):
         sizes,lam = batch.sizes('fmix'),self._lam(batch, 1)
@@ -211,7 +216,7 @@ def _low_noise(sizes, decay, batch):
     freqs.append(torch.fft.rfftfreq(sizes[-1], device=batch.device))
     f = sum(g.square() for g in torch.meshgrid(*freqs, indexing='ij')).sqrt().clamp(min=1/max(sizes))
     white = torch.empty(tuple(sizes), device=batch.device, dtype=torch.float32).normal_(generator=batch.generator)
-    return torch.fft.irfftn(torch.fft.rfftn(white)*f**-decay, s=tuple(sizes))
+    return torch.fft.irfftn(torch.fft.rfftn(white)*(f*max(sizes))**-float(decay), s=tuple(sizes))
 
 # %% ../nbs/api/04_recipes.ipynb #one-of
 class one_of(Recipe):
@@ -255,10 +260,10 @@ class one_of(Recipe):
         return recipe.chosen(progress, generator)
 
     def draw(self, batch):
-        if not self.per_row: return self.chosen(batch.progress).draw(batch)
+        if not self.per_row: return self.chosen(batch.progress, _on_host(batch.generator)).checked_draw(batch)
         live = self.live(batch.progress)
         if not live: return Mix(batch.partner, torch.ones(len(batch), device=batch.device))
-        return _merged(batch, [r.draw(batch) for r,_ in live], [w for _,w in live])
+        return _merged(batch, [r.checked_draw(batch) for r,_ in live], [w for _,w in live])
 
 # %% ../nbs/api/04_recipes.ipynb #per-row
 def _merged(batch, mixes, weights):
@@ -267,11 +272,13 @@ def _merged(batch, mixes, weights):
         raise TypeError("one_of(per_row=True) can only choose among plain mixes; choose for the batch: per_row=False")
     u = batch.uniform(len(batch))*sum(weights)
     lams,masks,boxes = [m.lam for m in mixes],_like_masks(batch, mixes),_like_boxes(batch, mixes)
-    lam,mask,box,edge = lams[0],masks[0],boxes[0],weights[0]
-    for l,m,b,w in zip(lams[1:], masks[1:], boxes[1:], weights[1:]):
+    own = all(m.partner is mixes[0].partner for m in mixes)  # one for all, as it is where the policy draws it
+    partners = [None if own else m.partner for m in mixes]
+    parts,edge = (mixes[0].partner, lams[0], masks[0], boxes[0]),weights[0]
+    for *new,w in zip(partners[1:], lams[1:], masks[1:], boxes[1:], weights[1:]):
         pick,edge = u>=edge,edge+w
-        lam,mask,box = _pick(pick, l, lam),_pick(pick, m, mask),_pick(pick, b, box)
-    return Mix(batch.partner, lam, mask, box)
+        parts = [_pick(pick, a, b) for a,b in zip(new, parts)]
+    return Mix(*parts)
 
 def _like_masks(batch, mixes):
     "The masks in one form, so that rows can be chosen among them; None for all where none has positions"
@@ -309,7 +316,7 @@ class per_batch(Recipe):
         return replace(self, recipe=recipe.chosen(progress, generator))
 
     def draw(self, batch):
-        mix = self.recipe.draw(batch)
+        mix = self.recipe.checked_draw(batch)
         if type(mix) is not Mix:
             raise TypeError(f"{self.recipe!r} draws a {type(mix).__name__}, which can't get one share for the batch; "
                 "use a loss that is taken apart into rows, such as cross-entropy, or one marked with by_row")

@@ -15,6 +15,10 @@ from numbers import Real
 __all__ = ['check_value', 'value_at', 'until', 'without_hesitation']
 
 # %% ../nbs/api/03_schedules.ipynb #check
+def _as_float(value):
+    try: return float(value)
+    except OverflowError: return inf
+
 def check_value(
     name:str, # What the message calls it
     value:float|Callable, # A number, or a function of the fraction of training done
@@ -26,7 +30,7 @@ def check_value(
         f"{name}=0 switches mixing off")
     if callable(value) and not isinstance(value, type): return value
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(rule)
-    if not 0<=value<=high or value==inf: raise ValueError(rule)
+    if not 0<=value<=high or _as_float(value)>=2**128: raise ValueError(rule)  # float32 ends there
     return value
 
 # %% ../nbs/api/03_schedules.ipynb #value-at
@@ -37,9 +41,9 @@ def value_at(
     high:float=inf # Largest value allowed
 )->float:
     "The number that `value` stands for at `progress`"
-    if not callable(value): return value
+    if not callable(value): return float(value)
     now = value(progress)
-    if isinstance(now, Real) and 0<=now<=high and now!=inf: return now
+    if isinstance(now, Real) and 0<=now<=high and float(now)<2**128: return float(now)
     return check_value(f'{name}({progress:.3g})', now.item() if hasattr(now, 'item') else now, high)
 
 # %% ../nbs/api/03_schedules.ipynb #until

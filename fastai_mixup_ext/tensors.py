@@ -48,6 +48,7 @@ def lerp_dtype(
     x:Tensor # Any tensor
 )->torch.dtype:
     "What `x` is interpolated in: its own dtype where that is exact enough, else float32"
+    if x.dtype==torch.complex32: return torch.complex64
     return x.dtype if x.dtype in _exact else torch.float32
 
 _exact = torch.float32, torch.float64, torch.complex64, torch.complex128

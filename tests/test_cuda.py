@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from benchmarks.measure import peak_bytes
 from common import torch_27
+from fastai_mixup_ext.mix import _select
 from fastai_mixup_ext import Batch, Mix, MixCallback, MixUpCallback, blend, cutmix, mixed_accuracy, mixed_loss, mixup, one_of
 from test_nosync import Reads, batch, check_compiled, each_recipe, losses, policies, pred_and_target, recipes, shuffled, train
 
@@ -31,9 +32,9 @@ each_loss = pytest.mark.parametrize('f,pred,dtype,target', plain_losses.values()
 @contextmanager
 def nothing_waits(device):
     "An error where the host waits for the device; the CPU is never waited for, so there what is read is counted"
-    if device=='cpu':  # which looks whether a whole row may hold an infinity; an accelerator copies it at once
+    if device=='cpu':  # which looks which rows keep all of their own; an accelerator selects at once
         with pytest.MonkeyPatch.context() as patch, Reads() as reads:
-            patch.setattr('fastai_mixup_ext.mix._spreads', lambda x, whole: True)
+            patch.setattr('fastai_mixup_ext.mix._kept', _select)
             yield
         assert reads.seen==[]
     else:

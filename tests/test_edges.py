@@ -1,5 +1,6 @@
 """What the other tests left open, found by mutants (`tools/mutants.py`): values at the edge, the second of two, another device."""
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
 from functools import partial
 from itertools import combinations
 
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from common import BS, covering, make_learner, make_mixer, named
 from fastai_mixup_ext import (Mix, MixUpCallback, Recipe, across_class, balanced, blend, by_target_distance, cutmix, fmix, mix_input,
-    mixed_loss, mixup, pairing, remix, resizemix, until, within_class, without_hesitation)
+    mixed_loss, mixup, one_of, pairing, per_batch, remix, resizemix, until, within_class, without_hesitation)
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
 from fastai_mixup_ext.places import Place, first_rows
@@ -263,3 +264,117 @@ def test_boxes_are_refused_behind_another_target():
         order = -1
         def before_batch(self): self.learn.yb = TensorCategory(self.yb[0]),TensorBBox(torch.rand(len(self.yb[0]), 2, 4))
     with pytest.raises(TypeError, match='target 1 is a TensorBBox'): make_learner('labels', [MixUpCallback(), Boxes()]).fit(1)
+
+# What keeps all of its own, or gives all
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_a_whole_row_keeps_its_negative_zeros(dtype):
+    "Long enough for the processor's own wide instructions"
+    x = torch.full((2, 64), -0.).to(dtype)
+    got,want = blend(x, Mix(tensor([1,0]), tensor([1.,.5]))),x
+    if x.is_complex(): got,want = torch.view_as_real(got),torch.view_as_real(want)
+    assert torch.equal(got[0].signbit(), want[0].signbit())
+
+@pytest.mark.parametrize('bad', [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_position_that_gives_nothing_spoils_nothing(bad, grad):
+    x = tensor([[[1.,bad]], [[3.,4.]]], requires_grad=grad)
+    got = blend(x, Mix(tensor([1,0]), tensor([.5,.5]), tensor([1.,0.]).expand(2, 1, 2)))
+    assert_close(got, tensor([[[1.,4.]], [[3.,bad]]]), equal_nan=True)
+
+@pytest.mark.filterwarnings('ignore:ComplexHalf')
+def test_small_complex_values_keep_both_parts():
+    x = tensor([[1+2j], [3+4j]]).to(torch.complex32)
+    got = blend(x, Mix(tensor([1,0]), tensor([1.,.5])))
+    assert got.dtype==torch.complex32 and got.to(torch.complex64).flatten().tolist()==[1+2j, 2+3j]
+
+def test_vmap_over_shares_by_position_alone():
+    x,shares = torch.randn(3, 2, 4),torch.rand(5, 3, 1, 4)
+    def f(s): return blend(x, Mix(tensor([1,2,0]), torch.full((3,), .5), s))
+    assert_close(torch.vmap(f)(shares), torch.stack([f(s) for s in shares]))
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_export_for_any_number_of_rows(strict):
+    class Blends(torch.nn.Module):
+        def forward(self, x, partner, lam): return blend(x, Mix(partner, lam))
+    def args(n): return torch.randn(n, 2, 4),torch.arange(n).roll(1),torch.rand(n)
+    rows = torch.export.Dim('rows')
+    shapes = dict(x={0:rows}, partner={0:rows}, lam={0:rows})
+    program = torch.export.export(Blends(), args(3), dynamic_shapes=shapes, strict=strict).module()
+    seven = args(7)
+    assert_close(program(*seven), Blends()(*seven))
+
+@pytest.mark.parametrize('out', [torch.empty(2, 3), torch.empty(3, 2), torch.empty(3, 3, dtype=torch.float64), 'memory', None],
+    ids=['columns', 'rows', 'dtype', 'text', 'itself'])
+def test_memory_for_the_result_must_fit(out):
+    x,mix = torch.randn(3, 3),Mix(tensor([1,2,0]), torch.rand(3))
+    with pytest.raises(ValueError, match=r'blend: out is .*must be other memory for torch.float32 of shape \(3, 3\)'):
+        blend(x, mix, x if out is None else out)
+
+# Recipes within others
+
+class Roll(Recipe):
+    "Partners of its own"
+    def __init__(self, by, lam=.5): self.by,self.lam = by,lam
+    def draw(self, batch): return Mix(torch.arange(len(batch)).roll(self.by), torch.full((len(batch),), self.lam))
+
+def test_a_choice_by_row_takes_the_partner_with_the_share():
+    mix = one_of(Roll(1, .6), Roll(2, .7), per_row=True)(torch.zeros(50, 1))
+    want = torch.where(mix.lam==.6, torch.arange(50).roll(1), torch.arange(50).roll(2))
+    assert torch.equal(mix.partner, want) and mix.lam.unique().numel()==2
+
+@pytest.mark.parametrize('outer', [lambda r: one_of(r, mixup(.4)), lambda r: one_of(r, mixup(.4), per_row=True), per_batch],
+    ids=['one_of', 'per_row', 'per_batch'])
+def test_what_an_inner_recipe_draws_is_looked_at(outer):
+    class Short(Recipe):
+        def draw(self, batch): return Mix(tensor([0]), tensor([.5]))
+    class Nothing(Recipe):
+        def draw(self, batch): pass
+    for recipe,got in (Short(), 'a mix of 1 rows'), (Nothing(), 'a NoneType'):
+        with pytest.raises(TypeError, match=f'{type(recipe).__name__}.draw returned {got}'):
+            for _ in range(20): outer(recipe)(torch.zeros(4, 1))
+
+def test_a_choice_within_a_choice_draws_from_the_generator():
+    class Share(Recipe):
+        def __init__(self, lam): self.lam = lam
+        def draw(self, batch): return Mix(batch.partner, torch.full((len(batch),), self.lam))
+    recipe = one_of(Share(.5), one_of(Share(.6), Share(.7)), weights=[1,5], per_row=True)
+    def draw(seed): return recipe(torch.zeros(20, 1), generator=torch.Generator().manual_seed(seed)).lam.max().item()
+    assert len({draw(0) for _ in range(8)})==1 and len({draw(seed) for seed in range(8)})==2
+
+def test_a_pair_of_sizes_is_a_value():
+    assert resizemix([.1,.8])==resizemix((.1,.8)) and hash(resizemix([.1,.8]))==hash(resizemix())
+    with pytest.raises(ValueError, match='must be a pair'): resizemix((True, 1))
+
+@pytest.mark.parametrize('decay', [0., 3., 20., 300.])
+def test_noise_of_any_decay_is_noise(decay):
+    "Frequencies that fade past what a number can hold are gone; the rest is a blob"
+    mask = fmix(1., decay)(torch.zeros(1, 1, 224, 224)).mask
+    lam = fmix(1., decay)(torch.zeros(200, 1, 64, 64)).lam
+    assert mask.any() and not mask.all() and lam.isfinite().all()
+    edges = [(mask.diff(dim=d)).float().mean().item() for d in (2, 3)]
+    assert min(edges)>0 and max(edges)<20*min(edges)
+
+@pytest.mark.parametrize('make', [lambda: fmix(1., float('inf')), lambda: mixup(1e39), lambda: mixup(10**400)],
+    ids=['decay', 'float', 'int'])
+def test_endless_numbers_are_refused(make):
+    with pytest.raises(ValueError, match='finite number'): make()
+
+def test_a_fraction_is_a_number():
+    half = Fraction(1, 2)
+    x,y = torch.randn(6, 1, 8, 8),torch.randn(6)
+    assert len(mixup(half)(x))==len(cutmix(half)(x))==len(resizemix((Fraction(1, 4), half))(x))==len(fmix(half, half)(x))==6
+    assert len(by_target_distance(half)(x, y))==6
+
+def test_a_target_that_is_no_number_is_its_own_partner():
+    y = tensor([0., 1., torch.nan, 3.])
+    for _ in range(20):
+        partner = by_target_distance(1.)(torch.zeros(4, 1), y)
+        assert partner[2]==2 and not (partner[[0,1,3]]==2).any()
+    assert (by_target_distance(1e300)(torch.zeros(4, 1), y)<4).all()
+
+@pytest.mark.parametrize('make', [lambda: torch.quantize_per_tensor(torch.zeros(3, 2), 1., 0, torch.qint8),
+    lambda: torch.nested.nested_tensor([torch.zeros(2)]*3)], ids=['quantised', 'nested'])
+@pytest.mark.filterwarnings('ignore')
+def test_a_strided_tensor_that_is_not_dense_is_called_by_its_kind(make):
+    with pytest.raises(TypeError, match='quantised or nested'): mixup(.4)(make())

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.text.models.awdlstm import EmbeddingDropout
-from torch import nn
+from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fastai_mixup_ext import Mix, cutmix
@@ -256,3 +257,88 @@ def test_by_length(lens):
 def test_mixed_ids_hold_three_tensors_of_one_shape():
     x = ids()[:,1:3]
     assert type(x) is MixedIds and x.own.shape==x.other.shape==x.lam.shape==(n,2)
+
+# Shares go where the ids go, or there is an error
+
+table = torch.randn(13, 4)
+
+def ragged(rows=3, cols=3):
+    "Ids whose shares differ within a row too; as many rows as columns, so that axes can be confused"
+    g = torch.Generator().manual_seed(0)
+    own,other = (torch.randint(0, 13, (rows,cols), generator=g) for _ in range(2))
+    return MixedIds(own, other, torch.rand(rows, cols, generator=g))
+
+def even(rows=3, cols=3):
+    x = ragged(rows, cols)
+    return MixedIds(x.own, x.other, x.lam[:,:1].expand(rows, cols).contiguous())
+
+def looked_up(x): return torch.lerp(table[x.other], table[x.own], x.lam[...,None])
+
+moved = {
+    'flip': lambda x: torch.flip(input=x, dims=(0,)), 'roll': lambda x: torch.roll(input=x, shifts=1, dims=0),
+    'index_select': lambda x: torch.index_select(input=x, dim=0, index=torch.tensor([2,0,1])),
+    'transpose': lambda x: torch.transpose(input=x, dim0=0, dim1=1), 'permute': lambda x: torch.permute(input=x, dims=(1,0)),
+    't': lambda x: torch.t(input=x), 'gather': lambda x: torch.gather(input=x, dim=1, index=torch.tensor([[2,1,0]]*3)),
+    'reshape_as': lambda x: x.reshape_as(torch.zeros(9)), 'where': lambda x: torch.where(torch.eye(3)>0, x, x.roll(1, 0)),
+    'method where': lambda x: x.where(torch.eye(3)>0, x.roll(1, 1)), 'pad': lambda x: F.pad(x, (1,0))[:,1:], 'copy': copy.copy}
+
+@pytest.mark.parametrize('name', moved)
+@pytest.mark.parametrize('make', [ragged, even])
+def test_shares_move_with_the_ids(make, name):
+    "Vectors of moved ids are moved vectors: each id is looked up by hand, with its own share"
+    x = make()
+    y = moved[name](x)
+    parts = [moved[name](o) for o in (x.own, x.other)] if name not in ('pad',) else [x.own, x.other]
+    where = torch.where(torch.eye(3)>0, x.lam, x.lam.roll(1, 0 if name=='where' else 1)) if 'where' in name else None
+    lam = x.lam if name=='pad' else where if where is not None else moved[name](x.lam)
+    assert_close(table[y], torch.lerp(table[parts[1]], table[parts[0]], lam[...,None]))
+
+@pytest.mark.parametrize('shape', [(3,1,1), (2,1,1)])
+def test_several_tables_of_as_many_rows(shape):
+    "Hashes: the result has a new first axis, of any size"
+    x,h = ragged(),torch.randint(1, 5, shape)
+    assert_close(table[(x*h)%13], torch.lerp(table[(x.other*h)%13], table[(x.own*h)%13], x.lam[None,...,None]))
+
+@pytest.mark.parametrize('f,want', [
+    (lambda x: torch.stack([table, -table])[0, x], looked_up), (lambda x: table[x, :2], lambda x: looked_up(x)[...,:2]),
+    (lambda x: torch.stack([table]*3)[torch.arange(3)[:,None], x], looked_up),
+    (lambda x: F.one_hot(x, 13).float().sum(-1), lambda x: torch.ones(3, 3)),
+    (lambda x: F.one_hot(x, 13).argmax(-1).float(), lambda x: torch.lerp(x.other.float(), x.own.float(), x.lam)),
+    (lambda x: table.index_select(0, x[0]), lambda x: looked_up(x)[0])],
+    ids=['head', 'slice', 'rows', 'sum', 'argmax', 'index_select'])
+def test_indexed_tables(f, want): assert_close(f(ragged()), want(ragged()))
+
+lost = {
+    'behind a slice': lambda x: torch.randn(3, 13)[:, x], 'rows summed': lambda x: x.sum(0), 'H': lambda x: x.H, 'mH': lambda x: x.mH,
+    'all summed': lambda x: x.sum(), 'a bag': lambda x: F.embedding_bag(x, table), 'words': lambda x: F.one_hot(x, 13).sum(1),
+    'bags by offsets': lambda x: F.embedding_bag(x[:,0], table, offsets=torch.tensor([0,1,1])),
+    'added': lambda x: torch.add(x, x.roll(1, 0)), 'written': lambda x: x.clone().__setitem__(0, x[1]),
+    'shifted': lambda x: x.clone().__setitem__((slice(None), slice(1, None)), x[:,:-1]),
+    'added in place': lambda x: x.clone().add_(x.roll(1, 0)), 'bits': lambda x: x.view(torch.int32)[:,::2],
+    'two axes': lambda x: table[x, x.roll(1, 0)%4], 'classes not counted': lambda x: F.one_hot(x),
+    'the other axis': lambda x: torch.randn(3, 13).index_select(1, x[0])}
+
+@pytest.mark.parametrize('name', lost)
+def test_shares_that_would_get_lost_are_refused(name):
+    with pytest.raises(TypeError, match='ids of shape .* were mixed, but .*name the module to mix at instead'): lost[name](ragged())
+
+@pytest.mark.parametrize('f', [lambda x: F.embedding_bag(x, table, mode='sum'), lambda x: F.one_hot(x, 13).sum(1).float()@table,
+    lambda x: F.one_hot(x, 13).float().sum(1)@table], ids=['bag', 'counts', 'counted numbers'])
+def test_sums_of_a_row_with_one_share(f): assert_close(f(even()), looked_up(even()).sum(1))
+
+def test_ids_of_the_same_share_come_together():
+    x = even()
+    assert_close(table[(x+x)%13], torch.lerp(table[(2*x.other)%13], table[(2*x.own)%13], x.lam[...,None]))
+    y = x.clone()
+    y[:,1:] = x[:,:-1]
+    assert_close(table[y][:,1:], looked_up(x)[:,:-1])
+    y[:,0] = 5
+    assert_close(table[y][:,0], table[5].expand(3, 4))
+
+@pytest.mark.parametrize('f', [lambda x: torch.vmap(lambda row: table[row])(x), lambda x: table[torch.tensor(x)],
+    lambda x: table[torch.LongTensor(x)], lambda x: F.embedding(Tensor._make_subclass(Tensor, x), table),
+    torch.jit.trace(lambda x: F.embedding(x, table), torch.zeros(3, 3, dtype=torch.int64))],
+    ids=['vmap', 'copied', 'LongTensor', 'stripped', 'traced'])
+@pytest.mark.filterwarnings('ignore:To copy construct')
+def test_a_way_around_does_not_pass_in_silence(f):
+    with pytest.raises((IndexError, RuntimeError, TypeError, AttributeError)): f(ragged())

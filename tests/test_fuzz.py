@@ -90,7 +90,7 @@ def share(mix, x):
     if mix.mask is not None:
         sp = mix.mask.shape[2:]
         if x.shape[2:]==sp: return mix.mask.expand(x.shape)
-        if x.shape[1:]==sp and (len(sp)>1 or not x.is_floating_point()): return mix.mask[:,0].expand(x.shape)
+        if x.shape[1:]==sp and (len(sp)>1 or not (x.is_floating_point() or x.is_complex())): return mix.mask[:,0].expand(x.shape)
     return mix.lam.view(-1, *[1]*(x.dim()-1)).expand(x.shape)
 
 def check_mixed(x, got, mix):
