@@ -6,7 +6,9 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/tensors.html.md"""
 
 # %% ../nbs/api/00_tensors.ipynb #imports
 from __future__ import annotations
+from collections import UserDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 import torch
 from torch import Tensor
@@ -100,6 +102,8 @@ def rebuilt(
 ):
     "A structure of the kind of `o` with other `parts`"
     if isinstance(o, Mapping):
+        if not isinstance(o, (dict, UserDict)):  # a copy of it might share what it holds
+            with suppress(TypeError): return type(o)(dict(zip(o, parts)))
         res = copy(o)
         for k,v in zip(o, parts): res[k] = v
         return res

@@ -1,8 +1,11 @@
 """What the other tests left open, found by mutants (`tools/mutants.py`): values at the edge, the second of two, another device."""
+from collections import ChainMap, OrderedDict, UserDict
+from collections.abc import MutableMapping
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from functools import partial
 from itertools import combinations
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from fastai_mixup_ext import (Mix, MixUpCallback, Recipe, across_class, balanced
 from fastai_mixup_ext.losses import is_by_row
 from fastai_mixup_ext.memory import Scratch
 from fastai_mixup_ext.places import Place, first_rows
+from fastai_mixup_ext.tensors import reordered
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
@@ -378,3 +382,24 @@ def test_a_target_that_is_no_number_is_its_own_partner():
 @pytest.mark.filterwarnings('ignore')
 def test_a_strided_tensor_that_is_not_dense_is_called_by_its_kind(make):
     with pytest.raises(TypeError, match='quantised or nested'): mixup(.4)(make())
+
+class Wraps(MutableMapping):
+    "Keeps all in a dict of its own, which a shallow copy shares"
+    def __init__(self, d): self.d = dict(d)
+    def __getitem__(self, k): return self.d[k]
+    def __setitem__(self, k, v): self.d[k] = v
+    def __delitem__(self, k): del self.d[k]
+    def __iter__(self): return iter(self.d)
+    def __len__(self): return len(self.d)
+
+@pytest.mark.parametrize('kind', [Wraps, MappingProxyType, ChainMap, UserDict, OrderedDict])
+def test_a_mapping_is_never_written_to(kind):
+    x = torch.rand(2, 3)
+    batch = kind({'a': x})
+    got = mix_input(batch, Mix(tensor([1,0]), tensor([.5,.5])))
+    assert type(got) is kind and batch['a'] is x and torch.equal(got['a'], x.mean(0).expand(2, 3))
+
+def test_rows_in_another_order_in_any_structure():
+    x,order = torch.arange(3),tensor([2,0,1])
+    got = reordered((x, {'a': [x, None]}, 'text'), order)
+    assert got[0].tolist()==got[1]['a'][0].tolist()==[2,0,1] and got[1]['a'][1] is None and got[2]=='text'
