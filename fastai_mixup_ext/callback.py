@@ -10,6 +10,7 @@ import reprlib, weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import wraps
 from numbers import Integral
 from warnings import warn
 import torch
@@ -74,7 +75,7 @@ class MixCallback(Callback):
             raise TypeError(f"pair={reprlib.repr(pair)} must be a pairing policy such as shuffled: (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
-        if seed is not None and not -2**63<=seed<2**63: raise ValueError(f"seed={seed} must be a number of 64 bits")
+        if seed is not None and not -2**63<=seed<2**63: raise ValueError(f"seed={seed} must be a number of 64 bits, such as 42")
         known = at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'
         if not known or isinstance(at, type):
             raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
@@ -389,15 +390,17 @@ def _check_pad(mix, model):
 # %% ../nbs/api/10_callback.ipynb #batch-patch
 _one_batch,_do_one_batch = Learner.one_batch,Learner._do_one_batch
 
-@patch
-def one_batch(self:Learner, *args, _run=_one_batch, **kwargs):
+@wraps(_one_batch)
+def _noted_batch(self, *args, **kwargs):
     "fastai's; the mixing callback knows from where to where a training batch goes"
     mixer = mixing_callback(self)
-    if mixer is None or not self.training: return _run(self, *args, **kwargs)
+    if mixer is None or not self.training: return _one_batch(self, *args, **kwargs)
     try:
         vars(mixer)['_within'] = True
-        _run(self, *args, **kwargs)
+        _one_batch(self, *args, **kwargs)
     finally: vars(mixer)['_within'] = False
+
+Learner.one_batch = _noted_batch
 
 @patch
 def _do_one_batch(self:Learner, _run=_do_one_batch):

@@ -214,6 +214,7 @@ def _aside(f):
             vars(g)[k] = MethodType(v.__func__, g) if bound else _changeable(v)
         if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(f.func)
         return g
+    except torch.cuda.OutOfMemoryError: raise
     except Exception: return f  # it can't be copied
 
 def _changeable(o):
