@@ -75,7 +75,8 @@ class MixCallback(Callback):
             raise TypeError(f"pair={reprlib.repr(pair)} must be a pairing policy such as shuffled: (x, yb, generator)")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"seed={reprlib.repr(seed)} must be an int, or None for torch's global generator")
-        if seed is not None and not -2**63<=seed<2**63: raise ValueError(f"seed={seed} must be a number of 64 bits, such as 42")
+        if seed is not None and not -2**63<=seed<2**63:
+            raise ValueError(f"seed={seed} must be a number of 64 bits, such as 42")
         known = at is None or callable(at) or isinstance(at, (list, tuple)) or isinstance(at, str) and at=='stages'
         if not known or isinstance(at, type):
             raise TypeError(f"at={reprlib.repr(at)} must be 'stages', a module, a list, or a function model -> these")
