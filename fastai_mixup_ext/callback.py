@@ -59,7 +59,7 @@ class MixCallback(Callback):
     "Train on mixes that `recipe` draws; validation and prediction are not touched"
     order,run_valid = 0,False
     _stateattrs = '_gens','_scratch','_batch','_said','_loss','_sorts','_places','_ready','_last','_kind','_within'
-    _learn,_run,_last = None,True,None
+    _learn,_last = None,None
 
     def __init__(self,
         recipe:Recipe, # How a mix is drawn, e.g. `one_of(mixup(.4), cutmix(1.))`
@@ -92,7 +92,8 @@ class MixCallback(Callback):
     def __hash__(self): return hash(self._kind)
 
     def __setattr__(self, name, value):
-        "A property of ours hides nothing of the learner's; fastai would warn"
+        "Switched off (`cb.run = False`), it leaves the batch; and a property hides nothing of the learner's"
+        if name=='run' and not value: self._leave()
         if isinstance(getattr(type(self), name, None), property): object.__setattr__(self, name, value)
         else: super().__setattr__(name, value)
 
@@ -195,16 +196,6 @@ class MixCallback(Callback):
     def sources(self)->list|None:
         "The targets of the current batch and their shares, as `Mix.sources` returns them; None when it is not mixed"
         return self._current().sources
-
-    @property
-    def run(self)->bool:
-        "fastai's switch: turned off, even in the middle of a batch, nothing of the batch stays"
-        return self._run
-
-    @run.setter
-    def run(self, on):
-        if not on: self._leave()
-        vars(self)['_run'] = on
 
     def draw(self, xb:Sequence, yb:Sequence)->Mix:
         "A mix for these inputs and targets, as the next batch would get it"
