@@ -7,7 +7,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/places.html.md"""
 # %% ../nbs/api/09_places.ipynb #imports
 from __future__ import annotations
 import reprlib, sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -181,7 +181,7 @@ def find_places(
         raise ValueError(f"at={at!r} must be 'stages', or name modules: at=lambda model: [None, model[0]]")
     if isinstance(at, str): places = [None, *_stages(model)]
     else: places = at(model) if callable(at) and not isinstance(at, nn.Module) else at
-    if not (places is None or isinstance(places, (nn.Module, Sequence))):
+    if not (places is None or isinstance(places, (nn.Module, Iterable))):
         raise TypeError(f"at names {reprlib.repr(places)}; it must name a module, or a list of them (None: the input)")
     places = [places] if places is None or isinstance(places, nn.Module) else list(places)
     inside = set(model.modules())

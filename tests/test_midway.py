@@ -230,3 +230,8 @@ def test_a_class_in_the_place_of_its_object_is_refused(args, exc, match):
 
 def test_what_at_names_is_modules():
     with pytest.raises(TypeError, match='at names 5; it must name a module'): make_learner(cbs=[MixUpCallback(at=lambda model: 5)]).fit(1)
+
+def test_what_at_names_may_be_any_iterable():
+    learn,places = make_learner(cbs=[cb := MixUpCallback(at=lambda model: (m for m in [model[0], model[2]]))]),[]
+    learn.fit(3, cbs=Do('after_pred', lambda learn: places.append(cb.place.module)))
+    assert set(places)<={learn.model[0], learn.model[2]} and places
