@@ -305,8 +305,9 @@ def _mix_output(self:MixCallback, recipe, out):
 @patch
 def _sort(self:MixCallback):
     "The rows in the order of their mixed lengths, for models that count on it; pasted rows keep their lengths"
-    if _is_pasted(self.mix, first(self.learn.xb)): return _check_pad(self.mix, self.learn.model)
-    order,self._batch.mix = by_length(self.mix)
+    b = self._batch
+    if _is_pasted(b.mix, first(self.learn.xb)): return _check_pad(b.mix, self.learn.model)
+    order,b.mix = by_length(b.mix)
     self.learn.xb,self.learn.yb = reordered(self.learn.xb, order),reordered(self.learn.yb, order)
 
 @patch
@@ -399,7 +400,7 @@ def _do_one_batch(self:Learner, _run=_do_one_batch):
     "fastai's, with the place that the mixing callback has chosen held open; the targets are back, however it ends"
     mixer = mixing_callback(self)
     if mixer is None or not self.training: return _run(self)
-    place = mixer.place
+    place = mixer._batch.place
     try:  # an interrupt may come between the hook and the first line of a `with` block
         if place is not None: place.__enter__()
         _run(self)

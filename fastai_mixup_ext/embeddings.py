@@ -49,7 +49,7 @@ def _on_both(func, args, kwargs):
     own = func(*_part(args, 'own'), **_part(kwargs, 'own'))
     if func in _made_new or func in _like and not ours: return own
     if own is not None and not all_of(own): return own              # an answer that is no tensor: a shape, a dtype
-    if func.__name__=='__get__' and own is not None and func not in _moves: raise _lost(func, ids[0].lam)
+    if _name(func)=='__get__' and own is not None and func not in _moves: raise _lost(func, ids[0].lam)
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
     if own is None: return                                          # written in place, on both
     if isinstance(own, Tensor) and own.dtype==torch.bool: return own & other if func in _all_of else own | other

@@ -151,14 +151,10 @@ def _kept(x, res, whole, pure):
     "`res`, with the whole rows, which are few, as they are in `x`. An accelerator is not waited for to say how many"
     if x.device.type!='cpu' or torch.compiler.is_compiling(): return _select(x, res, whole, pure)
     try: rows = whole.flatten().nonzero().flatten()
-    except RuntimeError as e:
-        _raise_if_memory(e)
-        return _select(x, res, whole, pure)  # under vmap there is an answer for each copy
+    except torch.cuda.OutOfMemoryError: raise
+    except RuntimeError: return _select(x, res, whole, pure)  # under vmap there is an answer for each copy
     if len(rows)==0: return res
     return _select(x, res, whole, pure) if pure else res.index_copy_(0, rows, x.index_select(0, rows))
-
-def _raise_if_memory(e):
-    if isinstance(e, torch.cuda.OutOfMemoryError): raise e
 
 def _check_out(out, x):
     fits = isinstance(out, Tensor) and out is not x and (out.shape, out.dtype, out.device)==(x.shape, x.dtype, x.device)
@@ -171,7 +167,8 @@ def _select(x, other, own, pure):
     "`x` where `own` is true, else `other`; into the memory of `other` where nobody differentiates"
     if not pure:
         try: return torch.where(own, x, other, out=other)
-        except RuntimeError as e: _raise_if_memory(e)  # vmap and forward-mode differentiation know no `out`
+        except torch.cuda.OutOfMemoryError: raise
+        except RuntimeError: pass  # vmap and forward-mode differentiation know no `out`
     return torch.where(own, x, other)
 
 def _lerp(x, other, own):
@@ -180,9 +177,8 @@ def _lerp(x, other, own):
     if own.dtype!=kind: own = own.to(kind)
     if x.dtype==kind:
         try: return other.lerp_(x, own)
-        except RuntimeError as e:
-            _raise_if_memory(e)
-            return other.lerp(x, own)  # vmap over the shares alone
+        except torch.cuda.OutOfMemoryError: raise
+        except RuntimeError: return other.lerp(x, own)  # vmap over the shares alone
     res = other.to(kind).lerp_(x.to(kind), own)
     return (res if is_number(x) else res.round_()).to(x.dtype)
 

@@ -43,7 +43,7 @@ def value_at(
     "The number that `value` stands for at `progress`"
     if not callable(value): return float(value)
     now = value(progress)
-    if isinstance(now, Real) and 0<=now<=high and float(now)<2**128: return float(now)
+    if isinstance(now, Real) and 0<=now<=high and _as_float(now)<2**128: return float(now)
     return check_value(f'{name}({progress:.3g})', now.item() if hasattr(now, 'item') else now, high)
 
 # %% ../nbs/api/03_schedules.ipynb #until

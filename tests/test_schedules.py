@@ -110,3 +110,6 @@ def test_all_weights_zero_is_no_mixing():
 def test_check_value_gives_the_value_back():
     f = SchedCos(0, 1)
     assert check_value('p', f) is f and check_value('p', .3)==.3
+
+def test_a_schedule_that_returns_an_endless_number_is_refused():
+    with pytest.raises(ValueError, match=r'alpha\(0.5\)=.* must be a finite number'): value_at('alpha', lambda progress: 10**400, .5)
