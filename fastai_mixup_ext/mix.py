@@ -126,7 +126,7 @@ def _bad(name, t, rule):
 def _mixed(x, mix, out):
     "The blend of `x`, which is plain and dense"
     over = mix.over(x)
-    own,partner = (mix.share(x),mix.giver()) if over is None else (over,mix.partner)
+    own,partner = mix.share(x) if over is None else over,mix.partner
     boxed = mix.box is not None and over is not None
     if own.dtype!=torch.bool and not _interpolates(x):
         raise TypeError(f"blend: {x.dtype} values can't be interpolated; "
@@ -140,21 +140,21 @@ def _mixed(x, mix, out):
     if boxed and other.stride()!=x.stride(): other = torch.empty_like(x).copy_(other)  # channels last
     if own.dtype==torch.bool: res = _select(x, other, own, pure)
     else:  # a sum does not keep all that a row or a position holds which takes no part: inf, NaN, -0
-        whole = own==1
-        if over is not None: res = _select(x, torch.where(own==0, other, _lerp(x, other.clone(), own)), whole, pure)
-        else: res = _kept(x, _lerp(x, other, own), whole, pure)
+        if over is None: res = _kept(x, _lerp(x, other, own), own, pure)
+        else: res = _select(x, torch.where(own==0, other, _lerp(x, other.clone(), own)), own==1, pure)
     return res if out is None or res is out else out.copy_(res)
 
 def _interpolates(x): return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8
 
-def _kept(x, res, whole, pure):
+def _kept(x, res, own, pure):
     "`res`, with the whole rows, which are few, as they are in `x`. An accelerator is not waited for to say how many"
-    if x.device.type!='cpu' or torch.compiler.is_compiling(): return _select(x, res, whole, pure)
-    try: rows = whole.flatten().nonzero().flatten()
+    if x.device.type!='cpu' or torch.compiler.is_compiling(): return _select(x, res, own==1, pure)
+    try: none = bool(own.max()<1)
     except torch.cuda.OutOfMemoryError: raise
-    except RuntimeError: return _select(x, res, whole, pure)  # under vmap there is an answer for each copy
-    if len(rows)==0: return res
-    return _select(x, res, whole, pure) if pure else res.index_copy_(0, rows, x.index_select(0, rows))
+    except RuntimeError: return _select(x, res, own==1, pure)  # under vmap there is an answer for each copy
+    if none: return res
+    rows = (own==1).flatten().nonzero().flatten()
+    return _select(x, res, own==1, pure) if pure else res.index_copy_(0, rows, x.index_select(0, rows))
 
 def _check_out(out, x):
     fits = isinstance(out, Tensor) and out is not x and (out.shape, out.dtype, out.device)==(x.shape, x.dtype, x.device)
