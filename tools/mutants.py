@@ -36,9 +36,10 @@ root = Path(__file__).parents[1]
 package = 'fastai_mixup_ext'
 modules = sorted(o.stem for o in (root/package).glob('[!_]*.py') if not o.stem.startswith('demo'))
 own_tests = dict(  # where the name of the file does not say it
-    tensors='mix data', classes='losses laws', losses='losses laws', callback='callbacks family data', mix='mix laws', regmix='regmixup',
-    effects='compare', trials='compare', find='compare', unbalanced='rare')
-fast = 'mix recipes losses pairing schedules laws family callbacks data embeddings neighbours metrics parity places show exits api_surface'
+    tensors='mix data', classes='losses laws', losses='losses laws edges', callback='callbacks family data midway', mix='mix laws edges',
+    regmix='regmixup', effects='compare', trials='compare', find='compare', unbalanced='rare')
+fast = 'mix recipes losses pairing schedules laws family callbacks data embeddings neighbours metrics parity places show exits'
+fast += ' edges midway api_surface'
 
 class DeleteStatement(Operator):
     "A call, an error, or an assignment to a part of something, that is missing; without a name that is assigned nothing would run"
