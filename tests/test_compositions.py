@@ -1,4 +1,4 @@
-"""Every recipe in choices, with one share a batch, schedules, pairings and places: values, shares and loss of each step by hand.
+"""Every recipe in choices and with one share a batch, under any two of pairing, schedule and place: each step is made by hand.
 
 A recipe gets one line in `cases`; one that wants another input than pictures brings its own `Data`."""
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+from common import covering
 from fastai_mixup_ext import (MixCallback, Recipe, balanced, class_counts, cutmix, deranged, fmix, mixup, one_of, per_batch,
     regmixup, remix, resizemix, shuffled, spanmix, until, without_hesitation)
 
@@ -148,11 +149,12 @@ cells = [(case, wrap, around) for case,(data,_) in cases.items() for wrap in dat
 def test_compositions(case, wrap, around):
     "One share a batch can't go around remix, whose labels are moved by row: it goes inside"
     data,make_recipe = cases[case]
-    for (pair,policy),(when,kw),place in product(pairings.items(), schedules.items(), data.places):
+    for pair,when,place in covering(product(pairings, schedules, data.places)):
+        kw = schedules[when]
         torch.manual_seed(0)
         recipe = make_recipe(kw['alpha'], wrappers[wrap])
         recipe = recipe if around=='alone' else one_of(recipe, data.other)
-        learn,cb,watch = make(data, recipe, p=kw['p'], pair=policy, at=places[place])
+        learn,cb,watch = make(data, recipe, p=kw['p'], pair=pairings[pair], at=places[place])
         learn.fit(1, lr=.01)
         assert cb.mix is None, (pair, when, place)
         assert watch.mixed if when!='until' else 1<=watch.mixed<=2
