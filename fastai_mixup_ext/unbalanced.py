@@ -61,7 +61,7 @@ def _check(name, value, low, high, paper):
 
 # %% ../nbs/api/04_unbalanced.ipynb #count
 def class_counts(
-    data:Any # `DataLoaders`, whose training rows count; one loader; or the labels
+    data:Any # `DataLoaders`, whose training rows count; one loader, or its data set; or the labels
 )->Tensor: # (classes,) int64
     "How many training rows each class has"
     dl = data.loaders[0] if hasattr(data, 'loaders') else data
@@ -75,11 +75,12 @@ def class_counts(
 def _labels_in(dl):
     "The targets of all rows"
     if isinstance(dl, Tensor): return plain(dl).cpu()
-    ds = getattr(dl, 'dataset', None)
+    are_labels = is_sequence(dl) or hasattr(dl, 'tolist')
+    ds = dl if hasattr(dl, '__getitem__') and not are_labels else getattr(dl, 'dataset', None)
     if hasattr(ds, 'tls'): found = ds.tls[dl.n_inp]                           # fastai's pictures and texts
     elif hasattr(ds, 'ys'): return torch.tensor(ds.ys.to_numpy())             # its tables
     elif hasattr(ds, '__getitem__') and hasattr(ds, '__len__'): found = (ds[i][-1] for i in range(len(ds)))
-    elif ds is None and is_sequence(dl) or hasattr(dl, 'tolist'): found = dl  # labels
+    elif are_labels: found = dl
     else: return torch.cat([batch[-1] for batch in dl]).cpu()
     return torch.tensor([y.item() if hasattr(y, 'item') else y for y in found])
 

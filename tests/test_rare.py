@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import RandomSplitter
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from fastai_mixup_ext import (Mix, MixCallback, Recipe, balanced, blend, class_counts, cutmix, fmix, mixed_loss, mixup, one_of, per_batch,
     regmixup, remix, resizemix)
@@ -277,7 +277,9 @@ loaders = {'torch': DataLoader(items, batch_size=3, drop_last=True, shuffle=True
     'stream': DataLoader(Stream(), batch_size=3), 'fastai over torch': DataLoaders.from_dsets(items, items, bs=3),
     'DataLoaders over torch': DataLoaders(DataLoader(items, batch_size=3), DataLoader(items[:1])),
     'ints': labels, 'numpy': np.array(labels), 'tensor': tensor(labels),
-    '(n,1) int8': tensor(labels, dtype=torch.int8)[:,None], 'series': pd.Series(labels)}
+    '(n,1) int8': tensor(labels, dtype=torch.int8)[:,None], 'series': pd.Series(labels),
+    'data set': TensorDataset(torch.zeros(8, 2), tensor(labels)), 'part of one': Subset([*items, *items], range(8)),
+    "fastai's data set": Datasets(range(8), [[lambda i: i], [lambda i: labels[i]]])}
 
 @pytest.mark.parametrize('data', loaders.values(), ids=loaders)
 def test_every_row_counts_once(data):
@@ -294,8 +296,9 @@ def test_counts_fit_in():
     assert remix(mixup(.4), class_counts(labels)).counts==balanced(class_counts(labels)).counts
 
 @pytest.mark.parametrize('bad', [[.5, 1.], torch.rand(3, 2), tensor([[0,1],[1,0]]), tensor([0,-1]), 'abc', None, 3,
-    DataLoader(TensorDataset(torch.zeros(3, 2), torch.rand(3))), DataLoader(TensorDataset(torch.zeros(3, 2), torch.zeros(3, 2).long()))],
-    ids=['floats','soft','map','negative','text','None','number','numbers','maps'])
+    DataLoader(TensorDataset(torch.zeros(3, 2), torch.rand(3))), DataLoader(TensorDataset(torch.zeros(3, 2), torch.zeros(3, 2).long())),
+    TensorDataset(torch.zeros(3, 2), torch.zeros(3, 2).long())],
+    ids=['floats','soft','map','negative','text','None','number','numbers','maps','maps of a data set'])
 def test_what_has_no_labels_is_refused(bad):
     with pytest.raises(TypeError, match=r'class_counts found no class number.*class_counts\(labels\)'): class_counts(bad)
 
