@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .embeddings import MixedIds, by_length, mix_input
 from .losses import as_numbers, check_positions, check_sizes, check_targets, is_by_row, loss_name
-from .losses import source_loss, takes_numbers, takes_signs
+from .losses import source_loss, takes_numbers, takes_signs, uncompiled
 from .memory import Scratch
 from .mix import Mix, check_mix
 from .pairing import shuffled
@@ -48,6 +48,7 @@ class _Live:
     sources = None             # [(targets, share)]: what the loss is taken of; None: not mixed, or another's targets
     own = seen = ()            # the targets as they came, and as the other callbacks see them
     away = None                # the targets while they are away from the learner
+    blank = None               # what stands for the loss meanwhile
     floated = predicted = counted = over = False  # integers made numbers? a prediction, a loss? at its end?
     tensors = 0                # how many inputs have been mixed
 
@@ -111,6 +112,9 @@ class MixCallback(Callback):
             raise ValueError(f"{' and '.join(mixers)} would mix the same batches; "
                 "keep one of them, or let one callback choose: MixCallback(one_of(mixup(.4), cutmix(1.)))")
         places = None if self.at is None else find_places(self.at, get_model(self.learn.model))
+        if any(m is not None for m in places or ()) and uncompiled(self.learn.model) is not self.learn.model:
+            raise ValueError("at: the model is compiled, and calls no module that can be mixed at; "
+                "compile it in place, model.compile(), or only its parts")
         sorts = len(text_encoders(self.learn.model))>0
         vars(self).update(_said=False, _loss=_Loss(None), _sorts=sorts, _places=places, _ready=True)
         self.forget()
@@ -138,18 +142,24 @@ class MixCallback(Callback):
         b,learn = self._batch,self.learn
         if b.place and not b.place.done:
             raise RuntimeError(f"at: the model did not call {type(b.place.module).__name__}, so nothing was mixed; "
-                "name modules that every forward calls (a compiled model calls none)")
+                "name modules that every forward calls (compiled parts call none)")
         if b.sources is None: return
         if not _same(learn.yb, b.seen): b.sources = None  # a callback behind us has set targets of its own
         elif b.floated: check_sizes(learn.loss_func, learn.pred, learn.yb)
-        if b.sources is not None and len(b.sources)>1: b.away,learn.yb = learn.yb,()
+        if b.sources is not None and len(b.sources)>1:
+            b.away,learn.yb = learn.yb,()
+            b.blank = learn.loss_grad = torch.zeros((), device=first(learn.xb).device)
         b.predicted = True
 
     def after_loss(self):
         "Give the targets back, with the loss that goes with the mix"
-        self._batch.counted = True
+        b = self._batch
+        b.counted = True
         if not self._give_back(): return
-        self.learn.loss_grad = source_loss(self.learn.loss_func, self.learn.pred, self._batch.sources)
+        if self.learn.loss_grad is not b.blank or b.blank._version:
+            raise RuntimeError("a callback changed the loss before it was mixed; let it come after "
+                "the mixing callback: added later, or with a higher `order`")
+        self.learn.loss_grad = source_loss(self.learn.loss_func, self.learn.pred, b.sources)
         self.learn.loss = self.learn.loss_grad.clone()
 
     def after_batch(self):
@@ -194,7 +204,7 @@ class MixCallback(Callback):
 
     @property
     def sources(self)->list|None:
-        "The targets of the current batch and their shares, as `Mix.sources` returns them; None when it is not mixed"
+        "The current targets and their shares, as `Mix.sources` returns them; None: not mixed, or another callback's"
         return self._current().sources
 
     def draw(self, xb:Sequence, yb:Sequence)->Mix:

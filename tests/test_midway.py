@@ -235,3 +235,28 @@ def test_what_at_names_may_be_any_iterable():
     learn,places = make_learner(cbs=[cb := MixUpCallback(at=lambda model: (m for m in [model[0], model[2]]))]),[]
     learn.fit(3, cbs=Do('after_pred', lambda learn: places.append(cb.place.module)))
     assert set(places)<={learn.model[0], learn.model[2]} and places
+
+# The loss
+
+def add_ten(learn): learn.loss_grad = learn.loss_grad+10
+def add_ten_in_place(learn): learn.loss_grad += 10
+
+@pytest.mark.parametrize('change', [add_ten, add_ten_in_place])
+@pytest.mark.parametrize('order', [-3, 0])
+@pytest.mark.parametrize('kind', ['labels', 'ids', 'place'])
+def test_a_loss_that_is_changed_before_it_is_mixed_is_refused(kind, order, change):
+    "A penalty would be lost; the learner is afterwards as it was"
+    learn,loss = make_learner(kind, [Do('after_loss', change, order), make_mixer(kind)]),[]
+    with pytest.raises(RuntimeError, match='a callback changed the loss before it was mixed; let it come after'): learn.fit(1)
+    assert len(learn.yb)==1
+    learn = make_learner(kind, [make_mixer(kind), Do('after_loss', lambda learn: loss.append(learn.loss_grad.item()), 0),
+        Do('after_loss', change, 1), Do('before_backward', lambda learn: loss.append(learn.loss_grad.item()), 2)])
+    learn.fit(1)
+    assert all(abs(b-a-10)<1e-5 for a,b in zip(loss[::2], loss[1::2]))
+
+def test_a_compiled_model_has_no_places():
+    learn = make_learner(cbs=[MixUpCallback(at=lambda model: model.children())])
+    learn.model.compile(backend='eager')  # in place
+    learn.fit(1)
+    learn.model = torch.compile(learn.model, backend='eager')
+    with pytest.raises(ValueError, match='at: the model is compiled.*compile it in place, model.compile'): learn.fit(1)
