@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from . import __version__
 from .demo_folders import Refused, find_pictures
-from .demo_start import STOPPED, leaving_at_once
+from .demo_start import STOPPED, leaving_at_once, on_interrupt
 
 # %% ../nbs/api/demo/04_demo.ipynb #defaults
 EPOCHS,SEEDS,ALPHA,NOISE = 15,5,.4,.2  # of the default run, which takes less than two minutes on two cores
@@ -116,7 +116,7 @@ def staging(
     try:
         with TemporaryDirectory(prefix='.mixup-demo-', dir=_home(out), ignore_cleanup_errors=True) as tmp:
             yield Path(tmp)
-            _publish(Path(tmp), out)
+            with on_interrupt(signal.SIG_IGN): _publish(Path(tmp), out)
     except OSError as e: raise Refused(f"--out {out} can't be written: {e.strerror}") from e
 
 # %% ../nbs/api/demo/04_demo.ipynb #out

@@ -1,6 +1,7 @@
 """The command, end to end: on folders of pictures of every kind, on every wrong use, and stopped at any time."""
 import base64
 import csv
+import os
 import re
 import runpy
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 
 import fastai_mixup_ext
 from fastai_mixup_ext import demo_pictures, demo_report
+from fastai_mixup_ext.demo import staging
 from fastai_mixup_ext.demo_folders import find_pictures
 
 script = Path(sys.executable).with_name('mixup-demo')
@@ -320,3 +322,13 @@ def test_interrupted_early(folder, tmp_path, seconds):
     assert p.returncode==130 and 'Traceback' not in err, err
     assert err.splitlines()[-1]=='mixup-demo: stopped; nothing is written'
     assert visible(tmp_path)==['pics'] and not [*tmp_path.glob('.mixup*')]
+
+def test_not_interrupted_while_files_are_moved(tmp_path, monkeypatch):
+    rename = os.rename
+    def interrupted(a, b):
+        signal.raise_signal(signal.SIGINT)
+        rename(a, b)
+    monkeypatch.setattr(os, 'rename', interrupted)
+    for word in 'first', 'second':
+        with staging(tmp_path/'out') as tmp: (tmp/'report.html').write_text(word)
+    assert [(tmp_path/'out'/o/'report.html').read_text() for o in ('earlier-1', '.')]==['first', 'second']
