@@ -106,7 +106,7 @@ def _publish(tmp, out):
         for f in old: os.rename(f, earlier/f.name)
     for n in names: os.rename(tmp/n, out/n)
 
-def _home(out): return next(o for o in (out, *out.absolute().parents) if o.exists())
+def _home(out): return next(o for o in (out, *out.absolute().parents) if o.exists() or o.is_symlink())
 
 @contextmanager
 def staging(

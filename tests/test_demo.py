@@ -243,11 +243,12 @@ def test_bad_data(demo, folder, tmp_path, spoil):
     for out in 'new', 'old': refused(demo('--data', data, '--out', tmp_path/out, *quick), said)
     assert contents(tmp_path)==before
 
-@pytest.mark.parametrize('out', ['file', 'file/out', '/proc/mixup-demo', 'x'*300])
+@pytest.mark.parametrize('out', ['file', 'file/out', 'link', 'link/out', '/proc/mixup-demo', 'x'*300])
 def test_bad_out(demo, folder, tmp_path, out):
     (tmp_path/'file').write_text('mine')
+    (tmp_path/'link').symlink_to('nowhere')
     before = contents(tmp_path)
-    refused(demo('--data', folder, '--out', tmp_path/out, *quick), '--out')
+    refused(demo('--data', folder, '--out', tmp_path/out, *quick), '; name another folder')  # before the training
     assert contents(tmp_path)==before
 
 @pytest.mark.parametrize('option,value',
