@@ -121,9 +121,13 @@ def staging(
 
 # %% ../nbs/api/demo/04_demo.ipynb #out
 def check_out(
-    out:Path # The folder of the report
+    out:Path, # The folder of the report
+    data:Path=None # That of the pictures
 ):
-    "Refuse a folder that can't be written, before anything slow is done"
+    "Refuse a folder that can't be written, or whose pictures would be taken for data, before anything slow is done"
+    if data and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(data)):
+        raise Refused(f"--out {out} must not lie in --data {data}, where its pictures would be a class; "
+            "name a folder elsewhere")
     try:
         with TemporaryDirectory(prefix='.mixup-demo-', dir=_home(out)): pass
     except OSError as e: raise Refused(f"--out {out} can't be written: {e.strerror}; name another folder") from e
@@ -183,7 +187,7 @@ def demonstrate(
 )->bool: # Are all runs finished?
     "Check, train, say and write"
     found = find_pictures(args.data) if args.data else None
-    check_out(args.out)
+    check_out(args.out, args.data)
     pics = load(args, found)
     with leaving_at_once():
         from fastai_mixup_ext import demo_report, demo_runs

@@ -251,6 +251,16 @@ def test_bad_out(demo, folder, tmp_path, out):
     refused(demo('--data', folder, '--out', tmp_path/out, *quick), '; name another folder')  # before the training
     assert contents(tmp_path)==before
 
+def test_out_in_data(demo, folder, tmp_path, monkeypatch):
+    "The report's pictures would be a class of the next run"
+    (tmp_path/'link').symlink_to(folder)
+    before = contents(tmp_path)
+    for out in folder, folder/'new'/'out', tmp_path/'link'/'out':
+        refused(demo('--data', folder, '--out', out, *quick), 'must not lie in --data')
+    monkeypatch.chdir(folder)
+    refused(demo('--data', '.', *quick), '--out mixup-demo must not lie in --data .')
+    assert contents(tmp_path)==before
+
 @pytest.mark.parametrize('option,value',
     [(o,v) for o in ('epochs','seeds','size','bs') for v in ('0', '-1', 'ten', '1.5', 'nan', '1e9', '')]
     + [('alpha', v) for v in ('0', '-1', 'nan', 'inf', 'many', '1e-9')] + [('noise', v) for v in ('-.1', '1.1', 'nan', 'much')]
