@@ -217,6 +217,9 @@ def main(
     try: status = 0 if demonstrate(parser().parse_args(argv)) else 130
     except Refused as e: status = _complain(f"mixup-demo: {' '.join(str(e).split())}", 2)
     except KeyboardInterrupt: status = _complain(f'\n{STOPPED}', 130)
+    except BrokenPipeError:  # who reads has gone, such as `head`; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     if argv is None: signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
     return status
 

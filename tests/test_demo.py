@@ -343,3 +343,16 @@ def test_not_interrupted_while_files_are_moved(tmp_path, monkeypatch):
     for word in 'first', 'second':
         with staging(tmp_path/'out') as tmp: (tmp/'report.html').write_text(word)
     assert [(tmp_path/'out'/o/'report.html').read_text() for o in ('earlier-1', '.')]==['first', 'second']
+
+def test_nobody_reads_on():
+    "As with `| head`: it ends without a traceback"
+    code = """if True:
+        import sys
+        from fastai_mixup_ext import demo
+        demo.demonstrate = lambda args: demo.say('one line')
+        sys.exit(demo.main([]))"""
+    read,write = os.pipe()
+    os.close(read)
+    res = subprocess.run([sys.executable, '-c', code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (res.returncode, res.stderr)==(141, '')
