@@ -16,6 +16,7 @@ from fastai.vision.all import ImageBlock, MaskBlock, PILImageBW, PILMask
 from fastcore.foundation import L
 from fasttransform import Transform
 from torch import nn
+from torch.utils.data import BatchSampler, RandomSampler
 
 from fastai_mixup_ext import CutMixCallback, Mix, MixCallback, MixUpCallback, Recipe
 
@@ -105,6 +106,23 @@ def test_leaves_no_trace(make, seed):
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
         return [o.item() for o in learn.recorder.losses]
     assert losses(True)==losses(False)
+
+class Noisy:
+    "Pictures with noise of its own"
+    def __init__(self, rng): self.rng = rng
+    def __len__(self): return 12
+    def __getitem__(self, i): return torch.as_tensor(self.rng.normal(size=(3,8,8)), dtype=torch.float32), i%2
+
+def test_generators_of_the_data_go_on_as_they_would_have():
+    "Those of the data set, and of a sampler within a sampler"
+    def batches(show):
+        data,g = Noisy(np.random.default_rng(0)),torch.Generator().manual_seed(0)
+        sampler = BatchSampler(RandomSampler(data, generator=g), 6, False)
+        dls = DataLoaders(torch.utils.data.DataLoader(data, batch_sampler=sampler), [])
+        dls.n_inp = 1
+        if show: Learner(dls, flat(192), loss_func=CrossEntropyLossFlat(), cbs=MixUpCallback()).show_mixed_batch(max_n=1)
+        return [o for b in dls.train for o in b]
+    assert all(torch.equal(a, b) for a,b in zip(batches(True), batches(False), strict=True))
 
 @every
 def test_between_fits(make):
