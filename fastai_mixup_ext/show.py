@@ -12,11 +12,12 @@ from copy import copy
 from torch import Tensor
 import fastai.callback.progress  # noqa: F401 gives every learner `no_bar`
 from fastai.learner import Learner
-from fastai.torch_core import display_df, get_random_states, set_random_states, show_image, subplots
+from fastai.torch_core import display_df, get_model, get_random_states, set_random_states, show_image, subplots
 from fastcore.basics import patch
 from .callback import mixing_callback
 from .embeddings import mix_input
 from .losses import as_numbers
+from .places import find_places
 from .tensors import is_sequence, rebuilt
 from .trials import Generators, find_generators
 
@@ -116,8 +117,10 @@ def show_mixed_batch(self:Learner,
 ): # The axes; for anything but pictures, the table
     "Show a training batch as the learner's mixing callback mixes it"
     cb = mixing_callback(self)
-    if cb is None:
+    if cb is None or cb.p==0:
         raise ValueError("this learner mixes nothing; give it a callback that does: learn.add_cb(MixUpCallback())")
+    if None not in find_places(cb.at, get_model(self.model)):
+        raise ValueError("at names only modules, so no input is mixed; name None too, the input, to see mixes of it")
     n_inp,own,other,mixed,targets,mix = _mixed_batch(self, cb)
     n,dl,lams = min(max_n, len(mix)),self.dls.train,mix.lam.tolist()
     own,other = _decode(dl, own, n),_decode(dl, other, n)

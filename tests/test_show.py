@@ -203,6 +203,13 @@ def test_no_callback():
     learn = picture_learner(None)
     with pytest.raises(ValueError, match=r'mixes nothing.*add_cb\(MixUpCallback\(\)\)'): learn.show_mixed_batch()
 
+def test_what_is_never_mixed_is_not_shown_as_mixed():
+    "A batch of which some are mixed at the input is"
+    with pytest.raises(ValueError, match='mixes nothing'): plain_learner(MixUpCallback(p=0)).show_mixed_batch()
+    inner = plain_learner(MixUpCallback(at=lambda m: m[0]))
+    with pytest.raises(ValueError, match='at names only modules'): inner.show_mixed_batch()
+    assert len(plain_learner(MixUpCallback(p=.1, at=lambda m: [m[0], None])).show_mixed_batch(max_n=1))==1
+
 def test_a_failing_data_set_changes_nothing():
     learn = fastai_plain_learner(MixUpCallback(seed=1), [*items[:11], (torch.zeros(2), 0)])
     before,kept = random_states(),copy(vars(learn))
