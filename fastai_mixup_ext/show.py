@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from collections.abc import Mapping
 from copy import copy
+from numbers import Integral
+import numpy as np
 from torch import Tensor
 import fastai.callback.progress  # noqa: F401 gives every learner `no_bar`
 from fastai.learner import Learner
@@ -112,7 +114,7 @@ def _table(own, other, lams, n_inp):
 @patch
 def show_mixed_batch(self:Learner,
     max_n:int=9, # Most items to show
-    ctxs=None, # Matplotlib axes for pictures; None: a new grid
+    ctxs=None, # Matplotlib axes for pictures, one for each; None: a new grid
     figsize:tuple|None=None # Size of the grid in inches
 ): # The axes; for anything but pictures, the table
     "Show a training batch as the learner's mixing callback mixes it"
@@ -121,17 +123,19 @@ def show_mixed_batch(self:Learner,
         raise ValueError("this learner mixes nothing; give it a callback that does: learn.add_cb(MixUpCallback())")
     if None not in find_places(cb.at, get_model(self.model)):
         raise ValueError("at names only modules, so no input is mixed; name None too, the input, to see mixes of it")
+    if not isinstance(max_n, Integral) or max_n<1:
+        raise ValueError(f"max_n={max_n!r} must be a whole number of at least 1")
     n_inp,own,other,mixed,targets,mix = _mixed_batch(self, cb)
     n,dl,lams = min(max_n, len(mix)),self.dls.train,mix.lam.tolist()
     own,other = _decode(dl, own, n),_decode(dl, other, n)
     k = next((k for k,o in enumerate(own[0][:n_inp]) if _is_picture(o)), None) if isinstance(own, list) else None
     if k is None: return _table(own, other, lams, n_inp)
     pics = [item[k] for item in _decode(dl, mixed, n)]
-    if ctxs is None: ctxs = _grid(n, figsize)
+    ctxs = list(np.ravel(_grid(n, figsize) if ctxs is None else ctxs))[:n]
     for i,(ax,pic) in enumerate(zip(ctxs, pics)):
         seen = [None if targets is None else t[i] for t in targets or own[i][n_inp:]]
         _show_picture(pic, ax, *_titles(own[i][n_inp:], other[i][n_inp:], seen, lams[i]))
-    return list(ctxs)[:n]
+    return ctxs
 
 def _grid(n, figsize):
     cols = min(n, 3)

@@ -199,6 +199,16 @@ def test_given_axes():
     got = picture_learner(fixed()).show_mixed_batch(max_n=2, ctxs=list(axes))
     assert got==list(axes) and len(plt.get_fignums())==1 and all(ax.images for ax in axes)
 
+def test_an_axes_and_a_grid_of_axes():
+    "As `subplots` returns them"
+    for shape in (1,1), (2,2):
+        _,axes = plt.subplots(*shape)
+        assert plain_learner(fixed()).show_mixed_batch(ctxs=axes)==[*np.ravel(axes)] and all(ax.images for ax in np.ravel(axes))
+
+@pytest.mark.parametrize('n', [0, -1, 2.5, None])
+def test_bad_number(n):
+    with pytest.raises(ValueError, match=f'max_n={n} must be a whole number'): plain_learner(fixed()).show_mixed_batch(n)
+
 def test_no_callback():
     learn = picture_learner(None)
     with pytest.raises(ValueError, match=r'mixes nothing.*add_cb\(MixUpCallback\(\)\)'): learn.show_mixed_batch()
