@@ -41,8 +41,12 @@ class mixed_accuracy(Metric):
 def _hits(pred, yb, share, axis):
     "What each prediction hits of a target; a soft target says itself how much each class counts"
     pred,y = plain(pred).detach(),plain(yb[0])
-    guess = pred.argmax(axis)
-    if is_number(y) or y.shape==pred.shape: return y.gather(axis, guess.unsqueeze(axis)).float()
+    guess,soft = pred.argmax(axis),is_number(y) or y.shape==pred.shape
+    if pred.dim()<2 or pred.shape[axis]==1 or (y.shape!=pred.shape if soft else y.numel()!=guess.numel()):
+        raise ValueError(f"mixed_accuracy(axis={axis}): no classes on this axis of a prediction of shape "
+            f"{tuple(pred.shape)} for a target of shape {tuple(y.shape)}; in segmentation they are on axis=1, "
+            "and where there are none another metric is needed")
+    if soft: return y.gather(axis, guess.unsqueeze(axis)).float()
     hit = (guess==y.reshape(guess.shape)).float()
     if isinstance(share, int): return hit
     return hit*share.reshape(guess.shape if share.dim()>1 else (-1, *[1]*(guess.dim()-1)))

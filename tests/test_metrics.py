@@ -105,3 +105,12 @@ def test_no_batch_stays():
     learn,_,_ = fit(pictures(), flat(36, 3), MixUpCallback())
     metric = learn.metrics[0]
     assert not [o for o in vars(metric).values() if isinstance(o, torch.Tensor) and o.numel()>1]
+
+@pytest.mark.parametrize('pred,y', [((8,1), torch.ones(8, 1)), ((8,1), torch.ones(8).long()), ((8,), torch.ones(8)), ((8,3), torch.ones(8)),
+                                    ((8,3,4,8), torch.ones(8, 4, 8).long())], ids=['logit', 'label', 'number', 'numbers', 'masks'])
+def test_no_classes(pred, y):
+    "One logit, numbers and another axis would give figures that mean nothing"
+    learn = Learner(loaders(pictures(4), 4), flat(36, 3), loss_func=CrossEntropyLossFlat())
+    learn.pred,learn.yb,metric = torch.randn(pred),(y,),mixed_accuracy()
+    metric.reset()
+    with pytest.raises(ValueError, match='no classes on this axis of a prediction of shape .*axis=1'): metric.accumulate(learn)
