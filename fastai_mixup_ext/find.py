@@ -373,13 +373,25 @@ def compare_fits(
         with TemporaryDirectory() as tmp:
             learn = _seeded(make, plan.seeds[0])
             _check_learner(learn)
-            metric = _metric(learn, lower_is_better)
-            return _compare(plan, partial(_seeded, make), Trials(learn, tmp), candidates, *metric)
+            metric,trials = _metric(learn, lower_is_better),Trials(learn, tmp)
+            try: return _compare(plan, partial(_made, make, trials, {}), trials, candidates, *metric)
+            finally: trials.restore()
     finally: set_random_states(**states)
 
 def _seeded(make, seed):
     set_seed(seed)
-    return make(seed)
+    learn = make(seed)
+    if isinstance(learn, Learner): return learn
+    raise TypeError(f"make(seed) returned {learn!r}; it must return a new Learner")
+
+def _made(make, trials, starts, seed):
+    "A new learner; what it shares with others, such as loaders, is as before all runs, and shuffles with `seed`"
+    trials.kept.start(seed)
+    learn = _seeded(make, seed)
+    start = [t.sum().item() for t in (*learn.model.parameters(), *learn.model.buffers())]
+    if learn is not trials.learn and starts.setdefault(seed, repr(start))==repr(start): return learn
+    raise ValueError(f"make({seed}) returned the same learner again, or other weights than before; "
+        "it must make Learner and model anew from the seed")
 
 # %% ../nbs/api/16_find.ipynb #mix-find
 def _candidates(trials, candidates):

@@ -614,6 +614,37 @@ def test_new_learners_start_alike_in_a_pair_and_seeds_differ():
     assert [(o.name, o.seed) for o in c.runs]==[('none', 4), ('mixup(1.0)', 4), ('none', 7), ('mixup(1.0)', 7)]
     assert all(o==v[0] for v in starts.values() for o in v) and starts[4][0]!=starts[7][0]
 
+class Idle(Callback): "Does nothing, so that it must change nothing"
+
+@pytest.mark.parametrize('kind', ['pictures', 'wrapped'])
+def test_what_learners_share_begins_each_run_alike(kind, tmp_path):
+    "Loaders, which shuffle with the seed, and even a model; all is as it was in the end"
+    one,learners = made(kind, tmp_path),[]
+    def make(seed):
+        learners.append(Learner(one.dls, one.model, loss_func=one.loss_func, lr=.01, path=tmp_path, cbs=Quiet()))
+        return learners[-1]
+    before = state(one)
+    a,b = (compare_fits(make, [Idle], 2, seeds=2) for _ in range(2))
+    curves = [o.curves for o in a.runs]
+    assert curves[0]==curves[1]!=curves[2]==curves[3] and curves==[o.curves for o in b.runs]
+    check_as_it_was(before, state(one))
+
+class Quiet(Callback):
+    def after_create(self):
+        self.learn.remove_cbs(ProgressCallback)
+        self.learn.logger = noop
+
+def test_learners_that_go_on_training_are_refused(tmp_path):
+    again = {o: made('pictures', tmp_path) for o in (0, 1)}
+    models = {o: net() for o in (0, 1)}
+    def fresh(seed):
+        learn = made('pictures', tmp_path)
+        learn.model = models[seed]
+        return learn
+    for make in (lambda seed: again[0], again.get, fresh):
+        with pytest.raises(ValueError, match=r'make\([01]\) returned.*anew from the seed'): compare_fits(make, [Idle], 1, seeds=2)
+    with pytest.raises(TypeError, match=r'make\(seed\) returned 0; it must return a new Learner'): compare_fits(noop, [Idle], 1)
+
 def test_a_comparison_repeats_itself(tmp_path):
     learn = made('pictures', tmp_path)
     a,b = (learn.mix_find(2, [mixup(1.), MixUp(1.)], seeds=2) for _ in range(2))
@@ -698,7 +729,7 @@ def test_the_metric_that_decides(tmp_path):
     with pytest.raises(ValueError, match="'hits'.*lower_is_better"): learn.mix_find(1)
     quick = dict(candidates=[mixup(1.)], seeds=1)
     assert learn.mix_find(1, **quick, lower_is_better=False).lower is False
-    found = compare_fits(lambda seed: learn, epochs=1, **quick, lower_is_better=False)
+    found = compare_fits(lambda seed: digits_learner('.', metrics=[hits, error_rate]), epochs=1, **quick, lower_is_better=False)
     assert found.metric=='hits' and found.by('error_rate').lower and found.by('loss').lower
     learn.metrics = [error_rate, hits]
     assert learn.mix_find(1, **quick).metric=='error_rate'
