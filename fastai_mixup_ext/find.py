@@ -156,7 +156,9 @@ def _gap(learn):
     valid,n = loss(learn.dls.valid)
     if not n: return None  # a callback skips the validation
     train = learn.dls.train
-    return loss(_Few(train, _head(train, n), len(train)))[0], valid
+    ds = getattr(train, 'dataset', None)
+    with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext():  # transformed as for validation
+        return loss(_Few(train, _head(train, n), len(train)))[0], valid
 
 class _Few:
     "Some `batches` in the place of the loader `dl`"
@@ -166,13 +168,12 @@ class _Few:
     def __getattr__(self, name): return getattr(object.__getattribute__(self, 'dl'), name)
 
 def _head(dl, n):
-    "The first batches of `dl`, transformed as for validation, with about `n` rows in all"
-    ds,rows = getattr(dl, 'dataset', None),0
-    with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext():
-        for b in dl:
-            if rows>=n: break
-            rows += find_bs(b)
-            yield b
+    "The first batches of `dl`, with about `n` rows in all"
+    rows = 0
+    for b in dl:
+        if rows>=n: break
+        rows += find_bs(b)
+        yield b
 
 # %% ../nbs/api/16_find.ipynb #run
 def _fresh(parts, memo, **attrs):

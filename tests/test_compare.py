@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from fastai import metrics as fastai_metrics
-from fastai.basics import (Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, DataLoaders, Learner,
-    MSELossFlat, OptimWrapper, Recorder, TrainEvalCallback, accuracy, error_rate, noop, set_seed, trainable_params)
+from fastai.basics import (Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, DataLoaders, Datasets, Learner,
+    MSELossFlat, OptimWrapper, Recorder, TrainEvalCallback, Transform, accuracy, error_rate, noop, set_seed, trainable_params)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -847,6 +847,25 @@ def test_the_gap_reads_no_more_training_rows_than_there_are_validation_rows(tmp_
     learn = Learner(dls, nn.Sequential(Count(), net()), loss_func=CrossEntropyLossFlat(), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.mix_find(noop, [mixup(1.)], seeds=1)
     assert sum(LOG)==20
+
+class FailsInTheGap(Callback):
+    "In the second batch of training rows that are looked at for the gap"
+    def after_pred(self):
+        if isinstance(self.dl, find._Few) and not self.training and self.iter: raise KeyboardInterrupt
+
+def test_training_rows_are_augmented_again_after_an_interrupt_in_the_gap(tmp_path):
+    splits = []
+    class Augment(Transform):
+        split_idx = 0
+        def encodes(self, x:torch.Tensor): return splits.append(0) or x
+    items = pictures()
+    dsets = Datasets(range(60), [[lambda i: items[i][0], Augment()], [lambda i: items[i][1]]], splits=(range(40), range(40, 60)))
+    dls = dsets.dataloaders(bs=10, num_workers=0, device='cpu')
+    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), path=tmp_path, cbs=FailsInTheGap())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.mix_find(1, [mixup(1.)], seeds=1)
+    splits.clear()
+    list(learn.dls.train)
+    assert len(splits)==40
 
 # What is said
 
