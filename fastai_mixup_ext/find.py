@@ -111,7 +111,11 @@ class SameDraws(Callback):
     def after_batch(self): self._reseed(1)   # the next batch
 
 # %% ../nbs/api/16_find.ipynb #watch
-def _plain_name(name): return name.removeprefix('valid_').lstrip('_')
+def _measures(learn):
+    "The names of the validation's values: the loss and the metrics, with a number where a name is there already"
+    found = ['loss']
+    for m in learn.metrics: found.append(_free(m.name.lstrip('_'), found))
+    return found
 
 def _is_number(v):
     try: return float(v) is not None
@@ -129,11 +133,11 @@ class _Watch(Callback):
     def after_batch(self):
         if self.training: self.steps.append(perf_counter()-self.start.at)
     def after_epoch(self):
-        rec = self.learn.recorder
-        if rec.cancel_valid: return
-        for name,v in zip(rec.metric_names[1:], rec.log[1:]):
-            if name.startswith('train_') or not _is_number(v): continue
-            self.curves.setdefault(_plain_name(name), []).append(float(v))
+        rec,names = self.learn.recorder,_measures(self.learn)
+        values = rec.values[-1][len(rec._train_mets):]  # after those of the training, which may have been cancelled
+        if len(values)<len(names): return
+        for name,v in zip(names, values):
+            if _is_number(v): self.curves.setdefault(name, []).append(float(v))
         self.tell()
 
 # %% ../nbs/api/16_find.ipynb #gap
@@ -252,7 +256,7 @@ def _seeds(seeds):
 
 def _metric(learn, lower):
     "The measure that decides, the learner's first metric or the loss, and whether lower is better"
-    metric = _plain_name(learn.metrics[0].name) if learn.metrics else 'loss'
+    metric = _measures(learn)[:2][-1]
     return metric, is_lower_better(metric) if lower is None else lower
 
 def _check_learner(learn):

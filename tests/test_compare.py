@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from fastai import metrics as fastai_metrics
-from fastai.basics import (Callback, CancelFitException, CancelValidException, CrossEntropyLossFlat, DataLoaders, Datasets, Learner,
-    MSELossFlat, OptimWrapper, Recorder, TrainEvalCallback, Transform, accuracy, error_rate, noop, set_seed, trainable_params)
+from fastai.basics import (Callback, CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, DataLoaders,
+    Datasets, Learner, MSELossFlat, OptimWrapper, Recorder, TrainEvalCallback, Transform, accuracy, error_rate, noop, set_seed,
+    trainable_params)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -21,7 +22,7 @@ from fastai.callback.schedule import ParamScheduler  # noqa: F401 patches Learne
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
-from fastai.learner import mk_metric
+from fastai.learner import AvgMetric, mk_metric
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, CategoryBlock, ColReader, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
 from scipy import stats
@@ -735,6 +736,30 @@ def test_the_metric_that_decides(tmp_path):
     assert learn.mix_find(1, **quick).metric=='error_rate'
     learn.metrics = []
     assert learn.mix_find(1, **quick).metric=='loss'
+
+def test_two_metrics_of_one_name_are_two_measures(tmp_path):
+    "The first decides, and none is taken for the loss"
+    class Named(AvgMetric):
+        def __init__(self, func, name): super().__init__(func); self.given = name
+        name = property(lambda self: self.given)
+    learn = made('pictures', tmp_path)
+    for name,other in (('rate', 'rate #2'), ('loss #2', 'loss #3')):
+        learn.metrics = [Named(accuracy, name[:4]), Named(error_rate, name[:4])]
+        c = learn.mix_find(2, [mixup(1.)], seeds=1, lower_is_better=False)
+        assert c.metric==name and list(c.runs[0].curves)==['loss', name, other]
+        for o in c.runs: assert len(o.curves[name])==2 and math.isclose(o.value(name)+o.value(other), 1, rel_tol=1e-6)
+
+class HalfEpochs(Callback):
+    def after_batch(self):
+        if self.training and self.iter: raise CancelTrainException
+
+def test_values_where_a_callback_cuts_the_epochs_short(tmp_path):
+    "fastai then leaves the training's loss out of its record"
+    learn = digits_learner(tmp_path, [HalfEpochs()], metrics=[accuracy, error_rate])
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(2, [mixup(1.)], seeds=1)
+    for o in c.runs:
+        assert all(len(v)==2 for v in o.curves.values()) and math.isclose(o.value('accuracy')+o.value('error_rate'), 1, rel_tol=1e-6)
+        assert o.value('loss')>1.5
 
 def test_a_recorder_of_training_metrics(tmp_path):
     learn = made('pictures', tmp_path)
