@@ -6,7 +6,7 @@ Docs: https://fastai-mixup-ext.github.io/fastai_mixup_ext/api/trials.html.md"""
 
 # %% ../nbs/api/15_trials.ipynb #imports
 from __future__ import annotations
-import random
+import operator, random
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from pathlib import Path
@@ -69,20 +69,25 @@ class Generators:
         for g,_,_,reseed in self.all: reseed(g, seed)
 
 # %% ../nbs/api/15_trials.ipynb #kept
-def _put(d, items):
-    "Make `d` what it was; a dict that has not changed is not touched, for compiled code looks at it"
-    if d.keys()==items.keys() and all(d[k] is v for k,v in items.items()): return
-    d.clear()
-    d.update(items)
+def _flat(o): return [*o, *o.values()] if isinstance(o, dict) else [*o]
+
+def _put(o, items):
+    "Make `o` what it was; a dict, list or set that has not changed is not touched, for compiled code looks at it"
+    now,was = _flat(o),_flat(items)
+    if len(now)==len(was) and all(map(operator.is_, now, was)): return
+    o.clear()
+    (o.extend if isinstance(o, list) else o.update)(items)
 
 class _Object:
-    "The attributes of an object, and the items of those that are dicts, such as hooks"
-    def __init__(self, o): self.dicts = [(d, dict(d)) for d in (vars(o), *vars(o).values()) if isinstance(d, dict)]
+    "The attributes of an object, and the items of those that are dicts, such as hooks, lists or sets"
+    def __init__(self, o):
+        held = [d for d in (vars(o), *vars(o).values()) if isinstance(d, dict) or type(d) in (list, set)]
+        self.held = [(d, dict(d) if isinstance(d, dict) else [*d]) for d in held]
     def restore(self):
-        for d,items in self.dicts: _put(d, items)
+        for d,items in self.held: _put(d, items)
 
 class _Values:
-    "A parameter or buffer: its memory, its values (copied to main memory), its gradient, and whether it learns"
+    "A parameter or other tensor: its memory, its values (copied to main memory), its gradient, and whether it learns"
     def __init__(self, t):
         self.t,self.data,self.learns,self.copy = t,t.data,t.requires_grad,t.detach().to('cpu', copy=True)
         self.grad = t.grad if t.is_leaf else None
@@ -95,8 +100,9 @@ class _Values:
 
 def _modules(learn):
     "Those of the model and of the loss"
-    loss = getattr(learn.loss_func, 'func', None)  # where fastai's losses keep torch's
-    return [m for o in (learn.model, learn.loss_func, loss) if isinstance(o, nn.Module) for m in o.modules()]
+    loss = learn.loss_func
+    parts = learn.model, loss, getattr(loss, 'func', None), *getattr(loss, '__dict__', {}).values()
+    return _once(m for o in parts if isinstance(o, nn.Module) for m in o.modules())
 
 def _loaders(dls):
     "The loaders, with their pipelines and transforms"
@@ -112,7 +118,9 @@ class Kept:
     ):
         modules = _modules(learn)
         objects = _once([*modules, *_loaders(learn.dls), learn.loss_func])
-        tensors = _once(t for m in modules for d in (m._parameters, m._buffers) for t in d.values())
+        states = [d for m in modules for d in (m._parameters, m._buffers)]
+        states += [vars(o) for o in (*modules, learn.loss_func) if hasattr(o, '__dict__')]
+        tensors = _once(t for d in states for t in d.values() if isinstance(t, Tensor))
         self.objects = [_Object(o) for o in objects if hasattr(o, '__dict__')]
         self.tensors = [_Values(t) for t in tensors]
         self.generators = Generators(find_generators([learn.dls, *map(vars, modules)]))

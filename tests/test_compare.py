@@ -474,6 +474,32 @@ def test_training_goes_on_as_if_nothing_had_been(kind, tmp_path):
     (a,model_a),(b,model_b) = losses(noop),losses(lambda learn: learn.mix_find(1, [mixup(1.)], seeds=1))
     assert torch.equal(a, b) and model_a==model_b
 
+class Counting(nn.Module):
+    "State beside parameters and buffers, changed in place"
+    def __init__(self): super().__init__(); self.mean,self.calls,self.seen = torch.zeros(2),[0],{'first'}
+    def forward(self, x):
+        self.mean.add_(1)
+        self.calls[0] += 1
+        self.seen.add(len(x))
+        return x
+
+class OwnLoss:
+    "A plain object with a tensor and a module that learns"
+    def __init__(self): self.steps,self.scale = torch.zeros(1),nn.Linear(10, 10)
+    def __call__(self, pred, y):
+        self.steps += 1
+        return nn.functional.cross_entropy(self.scale(pred), y)
+
+def test_as_it_was_where_state_changes_in_place(tmp_path):
+    model,loss = nn.Sequential(net(), Counting()),OwnLoss()
+    learn = digits_learner(tmp_path, loss_func=loss, splitter=lambda m: [[*m.parameters(), *loss.scale.parameters()]])
+    learn.model = model
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    before = state(learn)
+    learn.mix_find(1, [Idle], seeds=1)
+    check_as_it_was(before, state(learn))
+
 class RaiseAt(Callback):
     "Raises `exc` when `event` comes in the `nth` training step of a run; the measurement of the cost has six"
     def __init__(self, event, exc, nth=7): self.event,self.exc,self.nth = event,exc,nth
