@@ -104,6 +104,8 @@ class Comparison:
             if o not in sound: return Effect(*[math.nan]*5, len(pairs[o]))
             return paired(*([v[s] for s in pairs[o]] for v in (found[o], base)), *[self.noise]*(o in self.steady))
         self.effects = {o: effect(o) for o in self.names if o!=self.baseline}
+        own = [e.sd**2 for e in self.effects.values() if e.sd>=0]
+        if own and not rows: self.noise = float(np.mean(own)),0
         self.ps = dict(zip(self.effects, holm([e.p for e in self.effects.values()]).tolist()))
 
     def values(self,
@@ -339,7 +341,9 @@ def remarks(self:Comparison)->list:
     elif size>=0:
         out.append(f'{self.seeds} seeds show a true difference of {self._size(size)} or more with a chance of 80 %.')
     wild = [o for o,e in self.effects.items() if math.isfinite(e.sd) and o not in self.steady]
-    if wild:
+    if wild and not self.steady:
+        out.append(f'{self.baseline} varies more than the others, so each interval is from its own pairs alone.')
+    elif wild:
         out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
     if self.gap:
         losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'

@@ -72,8 +72,8 @@ def common_noise(
 # %% ../nbs/api/13_effects.ipynb #compared
 def steady(
     values:np.ndarray # (1+candidates, seeds): the baseline first; nan: that run is missing
-)->list: # Rows, without the first
-    "The candidates whose noise is not far larger than that of the others"
+)->list: # Rows, without the first; none, if the baseline has more noise than they
+    "The candidates that share their noise: it is not far larger than that of the others, nor the baseline's larger"
     rows = list(range(1, len(values)))
     while len(rows)>1:
         own = {i: common_noise(values[[0, i]]) for i in rows}
@@ -81,7 +81,10 @@ def steady(
         rest = common_noise(values[[0, *(i for i in rows if i!=worst)]])
         if not (rest[0]>0 and own[worst][0]>rest[0]*stats.f.ppf(.99, own[worst][1], rest[1])): break
         rows.remove(worst)
-    return rows
+    whole,rest = common_noise(values[[0, *rows]]),common_noise(values[rows])
+    df = whole[1]-rest[1]  # what the baseline adds
+    wild = rest[1]>0 and whole[0]*whole[1]-rest[0]*rest[1] > df*rest[0]*stats.f.ppf(.95, df, rest[1])
+    return [] if wild else rows
 
 # %% ../nbs/api/13_effects.ipynb #power
 # for means over all values that a variance can have
