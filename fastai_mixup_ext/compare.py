@@ -53,19 +53,36 @@ def is_lower_better(
     raise ValueError(f"metric {measure!r} is none of fastai's own, so it is unknown whether lower or higher is better; "
         "pass lower_is_better=True or False")
 
+def _direction(measure, lower):
+    if lower is None: return is_lower_better(measure)
+    if lower in (True, False): return bool(lower)
+    raise ValueError(f"lower_is_better={lower!r} must be True, False or None")
+
 # %% ../nbs/api/14_compare.ipynb #comparison
 GAIN,UNSURE,LOSS = 'clear gain',"can't tell",'clear loss'
 
 def _as_runs(runs, metric):
-    "Runs from plain values: candidate → one value for each seed (None: that run is missing)"
-    if not isinstance(runs, Mapping): return list(runs)
-    values = [(name, seed, v) for name,o in runs.items() for seed,v in enumerate(o)]
-    return [Run(name, seed, {metric:[v]}) for name,seed,v in values if v is not None]
+    "Runs as they are, or from plain values by candidate"
+    if isinstance(runs, Mapping): runs = [r for name,o in runs.items() for r in _runs_of(name, o, metric)]
+    runs,seen = list(runs),set()
+    for o in runs:
+        key = (o.name, o.seed) if isinstance(o, Run) else o
+        if key is o or key in seen:
+            raise ValueError(f"runs has {key!r}, which is no Run or comes twice; give one Run for each candidate and "
+                "seed, or a dict candidate → one value for each seed, or seed → value")
+        seen.add(key)
+    return runs
+
+def _runs_of(name, values, metric):
+    "The values are in the order of the seeds, or by seed; None: that run is missing"
+    if not np.iterable(values): return [values]
+    values = values.items() if hasattr(values, 'items') else enumerate(values)
+    return [Run(name, seed, {metric:[v]}) for seed,v in values if v is not None]
 
 class Comparison:
     "Paired runs compared with those of a baseline: a table, a plot, a suggestion, and a sentence"
     def __init__(self,
-        runs:Sequence|Mapping, # `Run`s; or a dict candidate → one value for each seed, None where missing
+        runs:Sequence|Mapping, # `Run`s; or a dict candidate → one value for each seed (None: missing) or seed → value
         metric:str='loss', # What decides: a measure that the runs have
         *,
         lower_is_better:bool|None=None, # Is lower better? None: it is one of fastai's, whose direction is known
@@ -75,7 +92,7 @@ class Comparison:
         self.runs,self.metric = _as_runs(runs, metric),metric
         self.names = list(dict.fromkeys(r.name for r in self.runs))
         self._check(baseline)
-        self.lower = is_lower_better(metric) if lower_is_better is None else bool(lower_is_better)
+        self.lower = _direction(metric, lower_is_better)
         self.baseline = self.names[0] if baseline is None else baseline
         self.costs = dict(costs) if costs else self._costs()
         self.suggestions = {}  # candidate → function without arguments that makes its callback
@@ -227,6 +244,7 @@ def _interval(self:Comparison, name):
     low,high = (times*e.low, times*e.high) if e.mean>0 else (-times*e.high, -times*e.low)
     unit = (high-low)/2 if high>low else times*abs(e.mean)/10
     if self.counts_errors: unit = min(unit, .1)
+    if low>0: unit = min(unit, low)  # an interval without 0 is written without 0
     size,now,before = (_number(o, unit) for o in (times*abs(e.mean), self._error(name), self._error(self.baseline)))
     bracket = '' if math.isnan(low) else f' [{_number(low, unit)}, {_number(high, unit)}]'
     if not self.counts_errors:
@@ -249,6 +267,7 @@ def _size(self:Comparison, effect):
 def _none(self:Comparison):
     "Why no candidate is suggested"
     verdicts = [self.verdict(o) for o,e in self.effects.items() if e.n]
+    if len(self._lost())==len(self.values(self.baseline)): return self._diverged()
     if not verdicts: return 'no other candidate has finished a run with a seed that it finished'
     if UNSURE not in verdicts: return self._all_worse()
     if max(e.n for e in self.effects.values())<2:
@@ -257,6 +276,16 @@ def _none(self:Comparison):
         'the differences are the same with every seed, so their noise is not known')
     if not self.memorises: return why
     return f'{why}. It memorises (loss {self.gap[0]:.2g} in training, {self.gap[1]:.2g} in validation): try longer'
+
+@patch
+def _lost(self:Comparison):
+    "Seeds with which the baseline diverged"
+    return [s for s,v in self.values(self.baseline).items() if not math.isfinite(v)]
+
+@patch
+def _diverged(self:Comparison):
+    sound = [o for o in self.effects if all(map(math.isfinite, self.values(o).values()))]
+    return 'diverged with every seed' + f"; {', '.join(sound)} did not"*bool(sound)
 
 @patch
 def _all_worse(self:Comparison):
@@ -345,6 +374,9 @@ def remarks(self:Comparison)->list:
         out.append(f'{self.baseline} varies more than the others, so each interval is from its own pairs alone.')
     elif wild:
         out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
+    if lost := self._lost():
+        runs = f'{len(lost)} of {len(self.values(self.baseline))} runs'
+        out.append(f'{self.baseline} diverged in {runs}; their pairs are left out.')
     if self.gap:
         losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'
         out.append(f'{self.baseline}: {losses}, both in eval mode and unmixed.')

@@ -278,6 +278,13 @@ def test_diverged(bad):
     check_all_forms(c)
     check_all_forms(figures(values=dict(none=[math.nan]*2, a=[.1, .2])))
 
+def test_a_baseline_that_diverged_is_called_so():
+    c = figures(values=dict(none=[math.nan]*3, a=[.5, .51, .52], b=[math.nan, .5, .6]))
+    assert str(c)=='none: diverged with every seed; a did not' and c.best is None
+    assert str(figures(values=dict(none=[math.inf], a=[math.nan])))=='none: diverged with every seed'
+    c = figures(values=dict(none=[math.nan, .1, .11], a=[.1, .2, .31]))
+    assert 'none diverged in 1 of 3 runs; their pairs are left out.' in c.remarks and c.seeds==2
+
 def check_all_forms(c):
     assert c.conclusion in repr(c) and len(c._repr_html_()) and len(c.table)==len(c.names)
     c.plot().canvas.draw()
@@ -359,6 +366,21 @@ def test_bad_comparisons():
     with pytest.raises(ValueError, match="baseline='plain' has no run"): figures(**BETTER, baseline='plain')
     with pytest.raises(ValueError, match="metric='dice' was not measured"): Comparison(runs(none=(.1, None)), 'dice')
     with pytest.raises(ValueError, match='lower_is_better'): figures(**BETTER | dict(metric='x'))
+
+def test_values_by_seed_and_values_that_are_none():
+    c = figures(**BETTER)
+    for again in ({o: c.values(o) for o in c.names}, {o: pd.Series(c.values(o)) for o in c.names}):
+        assert figures(values=again).table.equals(c.table)
+    e = figures(values=dict(none={7: .1, 3: .2}, a={3: .1, 7: .1})).effects['a']
+    assert math.isclose(e.mean, -.05)
+    twice = [Run('none', 0, {'loss': [1.]})]*2
+    for bad,words in ((dict(none=.5), '0.5'), (pd.DataFrame(dict(none=[.5])), "'none'"), (twice, r"\('none', 0\)")):
+        with pytest.raises(ValueError, match=f'runs has {words}, which is no Run or comes twice'): Comparison(bad)
+    with pytest.raises(ValueError, match="='higher' must be True, False or None"): figures(**BETTER, lower_is_better='higher')
+
+def test_an_interval_without_0_is_written_without_0():
+    c = Comparison(dict(none=[1.5, 1.9, 2.1], a=[.9, 1.4, 1.82]))
+    assert str(c)=='a: loss 1.37 instead of 1.83: 0.46 lower [0.05, 0.87]'
 
 # Learners of all kinds
 
