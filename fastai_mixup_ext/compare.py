@@ -82,7 +82,7 @@ def _runs_of(name, values, metric):
 class Comparison:
     "Paired runs compared with those of a baseline: a table, a plot, a suggestion, and a sentence"
     def __init__(self,
-        runs:Sequence|Mapping, # `Run`s; or a dict candidate → one value for each seed (None: missing) or seed → value
+        runs:Sequence|Mapping, # `Run`s; or a dict candidate → one value per seed (None: missing), or seed → value
         metric:str='loss', # What decides: a measure that the runs have
         *,
         lower_is_better:bool|None=None, # Is lower better? None: it is one of fastai's, whose direction is known

@@ -17,8 +17,9 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from .callback import MixCallback
-from .compare import Comparison, Run, is_lower_better
+from .compare import Comparison, Run, _direction
 from .recipes import Recipe, cutmix, mixup, one_of
 from .trials import Trials, copied, shared
 from fastai.callback.core import Callback, CancelFitException
@@ -249,21 +250,27 @@ def _whole(name, v, other=''):
 
 def _seeds(seeds):
     if isinstance(seeds, (list, tuple, range)):
-        if not len(seeds) or len(set(seeds))<len(seeds) or not all(isinstance(s, int) for s in seeds):
-            raise ValueError(f"seeds={seeds!r} must be a number of seeds, or different whole numbers")
+        if not len(seeds) or len(set(seeds))<len(seeds) or not all(type(s) is int and 0<=s<2**32 for s in seeds):
+            raise ValueError(f"seeds={seeds!r} must be a number of seeds, or different whole numbers below 2**32")
         return list(seeds)
     return list(range(_whole('seeds', seeds)))
 
 def _metric(learn, lower):
     "The measure that decides, the learner's first metric or the loss, and whether lower is better"
     metric = _measures(learn)[:2][-1]
-    return metric, is_lower_better(metric) if lower is None else lower
+    if metric=='loss' and lower is not None and not lower:
+        raise ValueError(f"lower_is_better={lower!r} is about the first metric, and the learner has none; "
+            "leave it out, for a lower loss is better")
+    return metric, _direction(metric, lower)
 
 def _check_learner(learn):
     "Refuse what can't be compared, before anything is trained"
     if num_distrib()>1 or any(o.__name__=='DistributedTrainer' for cb in learn.cbs for o in type(cb).__mro__):
         raise RuntimeError("a comparison can't run in distrib_ctx, for its runs follow one another in one process; "
             "call it outside")
+    if any(map(is_lazy, (*learn.model.parameters(), *learn.model.buffers()))):
+        raise ValueError("the model has parameters without a shape, and a comparison starts from their values; "
+            "run one batch through it first")
     for i,what in enumerate(('training', 'validation')):
         if len(learn.dls.loaders)<=i or not _rows_in(learn.dls.loaders[i]):
             raise ValueError(f"the learner's dls have no {what} batches; a comparison trains on the first loader "
@@ -335,10 +342,15 @@ class _Plan:
                 yield run
                 progress.finish(run)
 
-def _finished(plan, make, candidates, progress):
+def _finished(plan, make, candidates, progress, metric):
     "The finished runs, and a note if they were interrupted"
     runs = []
-    try: runs.extend(plan.runs(make, candidates, progress))
+    try:
+        for run in plan.runs(make, candidates, progress):
+            runs.append(run)
+            if metric in runs[0].curves: continue
+            raise ValueError(f"metric {metric!r} gave no number in the first run; give the learner a metric that does, "
+                "or let its epochs end with a validation")
     except KeyboardInterrupt:
         if not runs: raise
         return runs, [f'Stopped: {len(runs)} of {progress.runs} runs were finished.']
@@ -349,7 +361,7 @@ def _compare(plan, make, trials, candidates, metric, lower):
     "A few steps of each candidate, which show errors at once and what a step costs; then the runs"
     costs = _costs(trials, _batches(trials), candidates)
     progress = _Progress(trials.learn, len(candidates)*len(plan.seeds), plan.epochs)
-    runs,notes = _finished(plan, make, candidates, progress)
+    runs,notes = _finished(plan, make, candidates, progress, metric)
     c = Comparison(runs, metric, lower_is_better=lower, baseline=next(iter(candidates)), costs=costs)
     c.suggestions,c.notes = {o: partial(_suggest, p, shared(trials.learn)) for o,p in candidates.items() if p}, notes
     return c

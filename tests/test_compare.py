@@ -22,7 +22,7 @@ from fastai.callback.schedule import ParamScheduler  # noqa: F401 patches Learne
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
-from fastai.learner import AvgMetric, mk_metric
+from fastai.learner import AvgMetric, Metric, mk_metric
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, CategoryBlock, ColReader, DataBlock, TextBlock, awd_lstm_clas_config, text_classifier_learner
 from scipy import stats
@@ -745,7 +745,9 @@ def test_candidates_by_list_and_by_name():
 def test_a_mixing_callback_on_board_is_one_of_the_candidates(theirs, tmp_path):
     own,mixers = MixUp(.4) if theirs else MixUpCallback(.4, p=.5),[]
     learn = digits_learner(tmp_path, [own])
-    def fit(learn): mixers.append([(type(cb), cb is own) for cb in learn.cbs if 'Mix' in type(cb).__name__])
+    def fit(learn):
+        mixers.append([(type(cb), cb is own) for cb in learn.cbs if 'Mix' in type(cb).__name__])
+        learn.fit(1)
     with learn.no_bar(), learn.no_logging(): c = learn.mix_find(fit, [cutmix(1.)], seeds=1)
     assert c.names==['none', 'cutmix(1.0)', 'MixUp (yours)' if theirs else 'mixup(0.4) (yours)']
     assert mixers==[[], [(MixCallback, False)], [(type(own), False)]] and own in learn.cbs and own.learn is learn
@@ -794,6 +796,33 @@ def test_the_metric_that_decides(tmp_path):
     assert learn.mix_find(1, **quick).metric=='error_rate'
     learn.metrics = []
     assert learn.mix_find(1, **quick).metric=='loss'
+
+class Pair(Metric):
+    "Has two values"
+    name,value = 'pair',(1., 2.)
+    def reset(self): pass
+    def accumulate(self, learn): pass
+
+def test_a_metric_without_a_number_is_refused_after_the_first_run(tmp_path):
+    seen = []
+    def fit(learn): seen.append(learn.fit(1))
+    learn = made('pictures', tmp_path)
+    before = state(learn)
+    with pytest.raises(ValueError, match="metric 'accuracy' gave no number in the first run"): learn.mix_find(seen.append, [Idle])
+    check_as_it_was(before, state(learn))
+    learn.metrics = [Pair()]
+    with pytest.raises(ValueError, match="metric 'pair' gave no number"): learn.mix_find(fit, [Idle], lower_is_better=False)
+    assert len(seen)==2
+
+def test_a_model_without_shapes_is_refused(tmp_path):
+    learn = made('pictures', tmp_path)
+    learn.model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ValueError, match='parameters without a shape.*run one batch'): learn.mix_find(1)
+
+def test_a_direction_of_no_metric_is_refused(tmp_path):
+    learn = made('wrapped', tmp_path)
+    with pytest.raises(ValueError, match='=False is about the first metric.*has none'): learn.mix_find(1, lower_is_better=False)
+    assert learn.mix_find(1, [Idle], seeds=1, lower_is_better=True).lower
 
 def test_two_metrics_of_one_name_are_two_measures(tmp_path):
     "The first decides, and none is taken for the loss"
@@ -903,7 +932,7 @@ def test_the_gap_is_between_losses_in_eval_mode_and_unmixed(tmp_path):
     dls = DataLoaders.from_dsets(items[:20], items[20:], bs=10, num_workers=0, device='cpu')
     model = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(64, 10))
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(noop, [mixup(1.)], seeds=2)
+    with learn.no_bar(), learn.no_logging(): c = learn.mix_find(lambda learn: learn.fit(1, lr=0.), [mixup(1.)], seeds=2)
     model.eval()
     def loss(rows):
         x,y = map(torch.stack, zip(*rows))
@@ -912,7 +941,12 @@ def test_the_gap_is_between_losses_in_eval_mode_and_unmixed(tmp_path):
     assert [o.gap is None for o in c.runs]==[False, True]*2
 
 class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
+    "But after each epoch"
+    epochs = False
+    def before_train(self): self.epochs = True
+    def after_validate(self): self.epochs = False
+    def before_validate(self):
+        if not self.epochs: raise CancelValidException
 
 def test_no_gap_where_a_callback_skips_the_validation(tmp_path):
     learn = digits_learner(tmp_path, [NoValidation()])
@@ -928,8 +962,8 @@ def test_the_gap_reads_no_more_training_rows_than_there_are_validation_rows(tmp_
     items = pictures()
     dls = DataLoaders.from_dsets(items[:50], items[50:], bs=5, num_workers=0, device='cpu')
     learn = Learner(dls, nn.Sequential(Count(), net()), loss_func=CrossEntropyLossFlat(), path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.mix_find(noop, [mixup(1.)], seeds=1)
-    assert sum(LOG)==20
+    with learn.no_bar(), learn.no_logging(): learn.mix_find(1, [mixup(1.)], seeds=1)
+    assert sum(LOG)==10+20+10  # two epochs end with a validation, and the first run with the gap
 
 class FailsInTheGap(Callback):
     "In the second batch of training rows that are looked at for the gap"
@@ -973,6 +1007,9 @@ BAD = [
     (dict(seeds=0), ValueError, 'seeds=0'),
     (dict(seeds=[1, 1]), ValueError, r'seeds=\[1, 1\]'),
     (dict(seeds=[]), ValueError, r'seeds=\[\]'),
+    (dict(seeds=[2**70, 1]), ValueError, r'must be .* whole numbers below 2\*\*32'),
+    (dict(seeds=[True, False]), ValueError, r'seeds=\[True, False\]'),
+    (dict(lower_is_better='higher'), ValueError, "lower_is_better='higher' must be"),
     (dict(candidates=[]), ValueError, 'at least one recipe'),
     (dict(candidates=[None]), ValueError, 'at least one recipe'),
     (dict(candidates='mixup'), TypeError, "candidates='mixup' must be a list"),
