@@ -371,7 +371,8 @@ def remarks(self:Comparison)->list:
         out.append(f'{self.seeds} seeds show a true difference of {self._size(size)} or more with a chance of 80 %.')
     wild = [o for o,e in self.effects.items() if math.isfinite(e.sd) and o not in self.steady]
     if wild and not self.steady:
-        out.append(f'{self.baseline} varies more than the others, so each interval is from its own pairs alone.')
+        words = 'the others vary more than among themselves, so each interval is from its own pairs alone'
+        out.append(f'Against {self.baseline} {words}.')
     elif wild:
         out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
     if lost := self._lost():

@@ -72,8 +72,8 @@ def common_noise(
 # %% ../nbs/api/13_effects.ipynb #compared
 def steady(
     values:np.ndarray # (1+candidates, seeds): the baseline first; nan: that run is missing
-)->list: # Rows, without the first; none, if the baseline has more noise than they
-    "The candidates that share their noise: it is not far larger than that of the others, nor the baseline's larger"
+)->list: # Rows, without the first; none, if they vary less among themselves than against the first
+    "The candidates that share their noise: it is not far larger than that of the others, and the baseline has it too"
     rows = list(range(1, len(values)))
     while len(rows)>1:
         own = {i: common_noise(values[[0, i]]) for i in rows}

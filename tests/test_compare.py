@@ -180,7 +180,7 @@ def test_a_wild_baseline_shares_no_noise():
     wild = [.10, .30, .02, .25, .15]
     c = figures(values=dict(none=wild, a=BETTER['values']['cutmix'], b=BETTER['values']['mixup']))
     assert c.effects['a']==paired(BETTER['values']['cutmix'], wild) and not c.steady
-    assert 'none varies more than the others, so each interval is from its own pairs alone.' in repr(c)
+    assert 'Against none the others vary more than among themselves' in repr(c)
     assert math.isclose(c.sd**2, np.mean([e.sd**2 for e in c.effects.values()])) and c.detectable==smallest_effect(c.sd, 5, .025)
     assert 'more than 10,000' not in str(c)
 
