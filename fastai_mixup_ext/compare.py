@@ -44,19 +44,18 @@ _higher = """accuracy accuracy_multi top_k_accuracy mixed_accuracy balanced_accu
     explained_variance_score r2_score pearsonr spearmanr corpus_bleu""".split()
 
 def is_lower_better(
-    measure:str # The name of a loss or metric, as fastai's table of results has it
+    measure:str, # The name of a loss or metric, as fastai's table of results has it
+    given:bool|None=None # What is known already
 )->bool:
     "Is a lower `measure` better? Known for the loss and fastai's own metrics"
+    if given is not None:
+        if given in (True, False): return bool(given)
+        raise ValueError(f"lower_is_better={given!r} must be True, False or None")
     name = measure.lstrip('_')
     if name in _lower: return True
     if name in _higher: return False
     raise ValueError(f"metric {measure!r} is none of fastai's own, so it is unknown whether lower or higher is better; "
         "pass lower_is_better=True or False")
-
-def _direction(measure, lower):
-    if lower is None: return is_lower_better(measure)
-    if lower in (True, False): return bool(lower)
-    raise ValueError(f"lower_is_better={lower!r} must be True, False or None")
 
 # %% ../nbs/api/14_compare.ipynb #comparison
 GAIN,UNSURE,LOSS = 'clear gain',"can't tell",'clear loss'
@@ -92,7 +91,7 @@ class Comparison:
         self.runs,self.metric = _as_runs(runs, metric),metric
         self.names = list(dict.fromkeys(r.name for r in self.runs))
         self._check(baseline)
-        self.lower = _direction(metric, lower_is_better)
+        self.lower = is_lower_better(metric, lower_is_better)
         self.baseline = self.names[0] if baseline is None else baseline
         self.costs = dict(costs) if costs else self._costs()
         self.suggestions = {}  # candidate → function without arguments that makes its callback

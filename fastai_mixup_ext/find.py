@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from .callback import MixCallback
-from .compare import Comparison, Run, _direction
+from .compare import Comparison, Run, is_lower_better
 from .recipes import Recipe, cutmix, mixup, one_of
 from .trials import Trials, copied, shared
 from fastai.callback.core import Callback, CancelFitException
@@ -261,7 +261,7 @@ def _metric(learn, lower):
     if metric=='loss' and lower is not None and not lower:
         raise ValueError(f"lower_is_better={lower!r} is about the first metric, and the learner has none; "
             "leave it out, for a lower loss is better")
-    return metric, _direction(metric, lower)
+    return metric, is_lower_better(metric, lower)
 
 def _check_learner(learn):
     "Refuse what can't be compared, before anything is trained"
