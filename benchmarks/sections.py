@@ -238,7 +238,7 @@ def step(run):
     "A step of a resnet18 in bfloat16 with mixing over one without; on a CPU it would take an hour"
     if run.device=='cpu' and not run.quick: return {}
     from torchvision.models import resnet18
-    shape,steps = ((8,3,32,32), 2) if run.quick else ((512,3,32,32), 30)
+    shape,steps = ((2,3,32,32), 1) if run.quick else ((512,3,32,32), 30)
     def make(cbs):
         learn = learner(run, shape, steps, cbs, resnet18(num_classes=10))
         return learn if run.device=='cpu' else learn.to_bf16()  # fastai's is for GPUs
