@@ -153,8 +153,11 @@ def _kept(x, res, own, pure):
     except torch.cuda.OutOfMemoryError: raise
     except RuntimeError: return _select(x, res, own==1, pure)  # under vmap there is an answer for each copy
     if none: return res
+    if pure: return _select(x, res, own==1, pure)
     rows = (own==1).flatten().nonzero().flatten()
-    return _select(x, res, own==1, pure) if pure else res.index_copy_(0, rows, x.index_select(0, rows))
+    for some in rows.split(1 + 2**18*len(x)//max(x.nbytes, 1)):  # of a size that stays in the cache
+        res.index_copy_(0, some, x.index_select(0, some))
+    return res
 
 def _check_out(out, x):
     fits = isinstance(out, Tensor) and out is not x and (out.shape, out.dtype, out.device)==(x.shape, x.dtype, x.device)
