@@ -155,8 +155,8 @@ def _kept(x, res, own, pure):
     if none: return res
     if pure: return _select(x, res, own==1, pure)
     rows = (own==1).flatten().nonzero().flatten()
-    for some in rows.split(1 + 2**18*len(x)//max(x.nbytes, 1)):  # of a size that stays in the cache
-        res.index_copy_(0, some, x.index_select(0, some))
+    if x.nbytes<2**15*len(x): return res.index_copy_(0, rows, x.index_select(0, rows))
+    for i in rows.tolist(): res[i].copy_(x[i])  # large ones without a detour
     return res
 
 def _check_out(out, x):

@@ -369,3 +369,14 @@ def test_a_mix_is_frozen_and_travels():
     with pytest.raises(AttributeError): mix.lam = 0
     for m in (copy.deepcopy(mix), pickle.loads(pickle.dumps(mix))): assert_close(m.lam, lams)
     assert len(mix)==n and mix in {mix}
+
+@pytest.mark.parametrize('form', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.complex64])
+def test_whole_large_rows_are_the_same_bit_for_bit(dtype, form):
+    x = torch.randn(4, 3, 64, 64).to(dtype).to(memory_format=form)
+    x[1],x[0,0] = float('inf'),-0.
+    mix = Mix(tensor([1,2,3,1]), tensor([1.,1.,.5,1.]))
+    for out in None,torch.empty_like(x):
+        res = blend(x, mix, out)
+        for i in 0,1,3: assert torch.equal(res[i].contiguous().view(torch.uint8), x[i].contiguous().view(torch.uint8))
+        assert_close(res[2], torch.lerp(x[3], x[2], .5) if dtype!=torch.float16 else (.5*x[3].float()+.5*x[2].float()).half())
