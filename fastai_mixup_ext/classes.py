@@ -59,15 +59,17 @@ def as_classes(
     **more # What is known of it from outside
 )->Classes|None:
     "`f` as a member of the cross-entropy family; None: it is none, or it refuses its own settings when it is called"
-    if getattr(f, 'reduction', more.get('reduction', 'mean')) not in ('mean', 'sum', 'none'): return None
-    if not 0<=getattr(f, 'label_smoothing', more.get('eps', 0.))<=1: return None
+    spec = _described(f, more)
+    return spec if spec and spec.reduction in ('mean', 'sum', 'none') and 0<=spec.eps<=1 else None
+
+def _described(f, more):
     if isinstance(f, fastai_loss('CrossEntropyLossFlat', 'LabelSmoothingCrossEntropyFlat')):
         known = unchanged(f, *fastai_loss('BaseLoss')) and f.flatten and f.is_2d and not f.floatify
-        return as_classes(f.func, axis=f.axis, flat=True) if known else None
+        return _described(f.func, dict(axis=f.axis, flat=True)) if known else None
     if isinstance(f, partial):
         names = {'weight':'weight', 'ignore_index':'ignore_index', 'reduction':'reduction', 'label_smoothing':'eps'}
         known = not f.args and inspect.isroutine(f.func) and set(f.keywords)<=set(names)
-        return as_classes(f.func, **{names[k]:v for k,v in f.keywords.items()}) if known else None
+        return _described(f.func, {names[k]:v for k,v in f.keywords.items()}) if known else None
     if unchanged(f, nn.CrossEntropyLoss):
         return Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing, **more)
     if unchanged(f, nn.NLLLoss): return Classes(f.weight, f.ignore_index, f.reduction, logits=False, **more)
@@ -95,9 +97,10 @@ def class_loss(
     ignored = labels==spec.ignore_index
     counts = shares.masked_fill_(ignored, 0)
     labels.masked_fill_(ignored, 0)
+    loss = _look_up(logp, axis, labels)
     weighted = counts if spec.weight is None else counts*spec.weight.to(acc)[labels]
     total = weighted.sum()/per_position if spec.reduction=='mean' else -1
-    loss,idle = _look_up(logp, axis, labels),weighted.logical_not()
+    idle = weighted.logical_not()
     loss.detach().masked_fill_(idle, 0/total)  # past autograd; NaN if no label counts, as in torch
     if spec.eps and not spec.smooth_all: count = counts.sum(axis)
     loss = _reduced(spec, logp, loss*(weighted/total).masked_fill_(idle, 0), count, total, axis)

@@ -78,7 +78,7 @@ def by_row(
     if not (isinstance(loss_func, type) or hasattr(loss_func, 'reduction') or _takes_reduction(loss_func)):
         raise TypeError(f"by_row: {loss_name(loss_func)} has no `reduction` that can be set to 'none'; "
             "add one, as torch's losses have it")
-    try: loss_func.mixes_by_row = True
+    try: loss_func.mixes_by_row = id(loss_func) if inspect.isfunction(loss_func) else True  # `wraps` takes marks along
     except AttributeError as e:
         raise TypeError(f"by_row: {loss_name(loss_func)} can't carry a mark; wrap it in a function") from e
     return loss_func
@@ -93,8 +93,12 @@ def is_by_row(
 def _marked(f):
     "Is there a mark on it, or on a class whose computation it keeps?"
     if isinstance(f, partial): return not hasattr(f.func, 'reduction') and _marked(f.func)
+    if inspect.isfunction(f):
+        marked = vars(f).get('mixes_by_row') in (id(f), id(getattr(f, '_torchdynamo_orig_callable', None)))
+        return marked and _reduction(f) in ('mean', 'sum', 'none')
     owner = next((o for o in (f, *type(f).__mro__) if 'mixes_by_row' in getattr(o, '__dict__', ())), None)
-    return owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
+    marked = owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
+    return marked and _reduction(f) in ('mean', 'sum', 'none')
 
 def _known(f):
     "Is it torch's or fastai's own, with unreduced values by row?"
@@ -109,6 +113,12 @@ def _takes_reduction(f):
     "Has a function the keyword `reduction`?"
     try: return 'reduction' in inspect.signature(f).parameters
     except (ValueError, TypeError): return False  # a builtin without a signature
+
+def _reduction(f):
+    "The attribute; that of a function is set by `partial`, or its default"
+    if hasattr(f, 'reduction'): return f.reduction
+    if isinstance(f, partial) and 'reduction' in f.keywords: return f.keywords['reduction']
+    return inspect.signature(f).parameters['reduction'].default if _takes_reduction(f) else None
 
 def loss_name(
     f:Callable # Any loss
@@ -134,8 +144,9 @@ def _laid(share, y):
 def _unreduced(f, pred, yb):
     "The loss as it comes. A copy is set to 'none': whatever interrupts us, the loss itself stays as it is"
     if not hasattr(f, 'reduction'): return f(pred, *yb, reduction='none')
-    if torch.compiler.is_compiling(): return _set_to_none(f, pred, yb)  # a compiler can't copy a module
     elsewhere = isinstance(getattr(type(f), 'reduction', None), property)  # in a part, which must be a copy too
+    # a compiler can't copy a module; nor would the state of a part come back from its copy
+    if torch.compiler.is_compiling() or elsewhere and not _known(f): return _set_to_none(f, pred, yb)
     g = _aside(f) if elsewhere else copy(f)
     try: g.reduction = 'none'
     except AttributeError as e:
@@ -168,13 +179,8 @@ def _row_loss(f, pred, sources):
     for values,(targets,share) in zip(_called_for_each(_unreduced, f, pred, sources), sources):
         own = _over_values(f, share, values, targets[0]).to(values.dtype)
         total = total + (own*values).masked_fill(own==0, 0)
-    red = f.reduction if hasattr(f, 'reduction') else _reduction(f)
+    red = _reduction(f)
     return total.mean() if red=='mean' else total.sum() if red=='sum' else total
-
-def _reduction(f):
-    "The reduction of a function: set by `partial`, or its default"
-    if isinstance(f, partial) and 'reduction' in f.keywords: return f.keywords['reduction']
-    return inspect.signature(f).parameters['reduction'].default
 
 # %% ../nbs/api/06_losses.ipynb #whole
 def _whole_loss(f, pred, sources):
@@ -187,6 +193,7 @@ def _whole_loss(f, pred, sources):
 
 def _share_of_batch(share):
     "The mean, to the last bit where all are equal"
+    if not share.numel(): return share.new_ones(())
     first = share.flatten()[0]
     return first + (share-first).mean()
 
@@ -203,29 +210,34 @@ def _called_for_each(call, f, pred, sources):
 
 def _aside(f):
     "A copy that may change in all that it keeps itself, with the same weights; a plain function is itself"
-    if torch.compiler.is_compiling() or isinstance(f, torch.jit.ScriptModule) or not hasattr(f, '__dict__'): return f
-    if isinstance(f, partial): return partial(_aside(f.func), *f.args, **f.keywords)
-    if isinstance(f, MethodType): return MethodType(f.__func__, _aside(f.__self__))
-    try:
-        g = copy(f)
-        if g is f: return f
-        for k,v in vars(f).items():
-            bound = isinstance(v, MethodType) and v.__self__ is f
-            vars(g)[k] = MethodType(v.__func__, g) if bound else _changeable(v)
-        if isinstance(g, fastai_loss('BaseLoss')): g.func = _aside(f.func)
-        return g
+    if torch.compiler.is_compiling(): return f
+    try: return _copied(f, {}, True)
     except torch.cuda.OutOfMemoryError: raise
     except Exception: return f  # it can't be copied
 
-def _changeable(o):
-    "A copy of what a loss may change in place: numbers in memory, but for weights, containers of them, and parts"
-    if isinstance(o, nn.Module): return _aside(o)
-    if isinstance(o, Tensor): return o if isinstance(o, nn.Parameter) else o.clone()
+def _copied(o, memo, whole=False):
+    """A copy of what a loss may change in place: numbers in memory, but for weights, containers of them, and parts.
+    What it holds twice is copied once, also where it holds itself"""
+    if id(o) in memo: return memo[id(o)]
+    if isinstance(o, (nn.Parameter, torch.jit.ScriptModule)): return o
+    if isinstance(o, MethodType):
+        owner = _copied(o.__self__, memo, True) if whole else memo.get(id(o.__self__), o.__self__)
+        return MethodType(o.__func__, owner)
+    if isinstance(o, partial): return partial(_copied(o.func, memo, whole), *o.args, **o.keywords)
+    if isinstance(o, Tensor): res = o.clone()
+    elif type(o) is tuple: res = tuple(_copied(v, memo) for v in o)
+    elif isinstance(o, (nn.Module, dict, list, deque, set)) or hasattr(o, '__array_interface__') \
+        or whole and hasattr(o, '__dict__'): res = copy(o)
+    else: return o
+    memo[id(o)] = res
     if isinstance(o, (dict, list, deque)):
-        res = copy(o)
-        for k,v in list(o.items() if isinstance(o, dict) else enumerate(o)): res[k] = _changeable(v)
-        return res
-    return copy(o) if isinstance(o, set) or hasattr(o, '__array_interface__') else o
+        for k,v in list(o.items() if isinstance(o, dict) else enumerate(o)): res[k] = _copied(v, memo)
+    elif res is not o and hasattr(o, '__dict__') and not isinstance(o, Tensor):
+        inner = isinstance(o, fastai_loss('BaseLoss'))
+        for k,v in vars(o).items(): vars(res)[k] = _copied(v, memo, inner and k=='func')
+        hooks = [h for k in ('_forward_hooks', '_forward_pre_hooks') for h in vars(o).get(k, {}).values()]
+        if any(getattr(h, '__closure__', None) for h in hooks): raise TypeError("who knows what such a hook changes")
+    return res
 
 def _called(f, pred, yb):
     "The loss, if it is one tensor"

@@ -153,7 +153,7 @@ def _kept(x, res, own, pure):
     except torch.cuda.OutOfMemoryError: raise
     except RuntimeError: return _select(x, res, own==1, pure)  # under vmap there is an answer for each copy
     if none: return res
-    if pure: return _select(x, res, own==1, pure)
+    if pure or x.itemsize==1: return _select(x, res, own==1, pure)  # float8 has no index_copy
     rows = (own==1).flatten().nonzero().flatten()
     if x.nbytes<2**15*len(x): return res.index_copy_(0, rows, x.index_select(0, rows))
     for i in rows.tolist(): res[i].copy_(x[i])  # large ones without a detour

@@ -1,7 +1,8 @@
 """`mixed_loss` against formulas in float64 loops: losses x reductions x weights x ignored labels x smoothing x ranks; and its laws."""
 import pickle
 import warnings
-from functools import partial
+from copy import deepcopy
+from functools import partial, wraps
 from itertools import product
 
 import numpy as np
@@ -672,3 +673,94 @@ def test_targets_and_predictions_are_not_written_to():
     for f,t in ((nn.CrossEntropyLoss(), y), (Twice(), y), (nn.MSELoss(), v)):
         for m in (mix,cut): mixed_loss(f, pred if t is y else v+1, t, m)
     for t,b in zip((pred,y,v), before): assert_close(t, b, rtol=0, atol=0)
+
+# ---- what a loss holds twice, or watches
+
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = [parent]  # a list, so that it is no part
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = Child(self),Child(self)
+    def forward(self, pred, y): return F.cross_entropy(pred, y)
+
+class HeldTwice(nn.Module):
+    "One part under two names"
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, affine=False, momentum=.9)
+        self.steps,self.also = [self.norm],(self.norm.running_var,)
+    def forward(self, pred, y):
+        self.steps[0](pred)
+        self.also[0].add_(1)
+        return F.cross_entropy((pred-self.norm.running_mean)/self.norm.running_var, y)
+
+class Features(nn.Module):
+    "A hook on a part writes down what the loss reads"
+    def __init__(self, detach=False, closure=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net,self.seen,self.detach = nn.Linear(3, 3),{},detach
+        self.net.register_forward_hook((lambda m, x, out: self.save(m, x, out)) if closure else self.save)
+    def save(self, m, x, out): self.seen['out'] = out.detach() if self.detach else out
+    def forward(self, pred, y):
+        self.net(pred)
+        return F.cross_entropy(self.seen['out'], y)
+
+class Named(nn.Module):
+    "Attributes with PyTorch's names, and another meaning"
+    def __init__(self, smoothing):
+        super().__init__()
+        self.label_smoothing = smoothing
+    def forward(self, pred, y): return F.cross_entropy(pred, y)
+
+holding = {'parents': Parent, 'twice': HeldTwice, 'features': Features, 'detached': partial(Features, True),
+    'closure': partial(Features, closure=True), 'None': partial(Named, None), 'vector': partial(Named, torch.ones(3))}
+
+@pytest.mark.parametrize('make', holding.values(), ids=holding)
+def test_a_loss_with_parts_of_its_own_is_the_pair_of_two_calls(make):
+    pred,y,mix = torch.randn(4, 3),torch.tensor([0,1,2,1]),Mix(torch.tensor([1,2,3,0]), torch.full((4,), .7))
+    f = make()
+    for _ in range(2):  # the second call begins where the first ended
+        own,other = (deepcopy(f), deepcopy(f)) if make is HeldTwice else (make(), make())  # the others have no state
+        expected = .7*own(pred, y) + .3*other(pred, y[mix.partner])
+        assert_close(mixed_loss(f, pred, y, mix).detach(), expected.detach())
+
+def test_wraps_takes_no_mark_along():
+    @by_row
+    def marked(pred, y, reduction='mean'): return F.cross_entropy(pred, y, reduction=reduction)
+    @wraps(marked)
+    def squared(pred, y): return marked(pred, y)**2
+    pred,y,mix = torch.randn(4, 3),torch.tensor([0,1,2,1]),Mix(torch.tensor([1,2,3,0]), torch.ones(4))
+    assert is_by_row(marked) and is_by_row(torch.compile(marked, backend='eager')) and not is_by_row(squared)
+    assert_close(mixed_loss(squared, pred, y, mix), squared(pred, y))
+
+class Counting(nn.Module):
+    def __init__(self, reduction='mean', axis=-1):
+        super().__init__()
+        self.reduction,self.calls = reduction,0
+    def forward(self, pred, y):
+        self.calls += 1
+        return F.cross_entropy(pred, y, reduction=self.reduction)
+
+def test_the_state_of_a_marked_part_moves_once_a_step():
+    f,pred,y = by_row(BaseLoss(Counting)),torch.randn(4, 3),torch.tensor([0,1,2,1])
+    for _ in range(3): mixed_loss(f, pred, y, Mix(torch.tensor([1,2,3,0]), torch.rand(4)))
+    assert f.func.calls==3 and f.reduction=='mean'
+
+def test_a_mark_counts_only_for_the_reductions_that_are_known():
+    @by_row
+    def mean(pred, y, reduction=None):
+        values = F.cross_entropy(pred, y, reduction='none')
+        return values if reduction=='none' else values.mean()
+    pred,y = torch.randn(4, 3),torch.tensor([0,1,2,1])
+    assert not is_by_row(mean) and mixed_loss(mean, pred, y, Mix(torch.tensor([1,2,3,0]), torch.rand(4))).dim()==0
+
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=torch.ones(3))], ids=['plain', 'weighted'])
+def test_labels_out_of_range_and_no_rows(f):
+    pred,y,mix = torch.randn(4, 3),torch.tensor([0,1,2,3]),Mix(torch.tensor([1,2,3,0]), torch.rand(4))
+    with pytest.raises(ValueError, match='labels must lie between 0 and 2'): mixed_loss(f, pred, y, mix)
+    assert mixed_loss(f, pred[:0], y[:0], Mix(mix.partner[:0], mix.lam[:0])).isnan()
