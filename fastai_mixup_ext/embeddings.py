@@ -52,7 +52,9 @@ def _on_both(func, args, kwargs):
     if _name(func)=='__get__' and own is not None and func not in _moves: raise _lost(func, ids[0].lam)
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
     if own is None: return                                          # written in place, on both
-    if isinstance(own, Tensor) and own.dtype==torch.bool: return own & other if func in _all_of else own | other
+    if isinstance(own, Tensor) and own.dtype==torch.bool:
+        every = func in _all_of if ours or func not in _orders else func not in _all_of  # 3 < ids is ids > 3
+        return own & other if every else own | other
     lam = _shares(func, args, kwargs, own, ids, ours)
     if isinstance(own, Tensor): return _together(own, other, lam)
     return type(own)(_together(*parts) for parts in zip(own, other, lam))
@@ -148,7 +150,10 @@ def _lost(func, lam, what='is not known to keep the mix'):
     if 'loss' in name or 'entropy' in name:
         return TypeError(f"{ids}: a loss wants targets. Labels among the inputs are mixed as inputs; "
             "give them as targets (`dls.n_inp`), and compute the loss in loss_func, not in the model")
-    return TypeError(f"{ids}; name the module to mix at instead: at=model.embedding")
+    # of an operator's TypeError Python hears only that another way must be tried
+    operator = name in _by_operator or name[:2]=='__' and name not in ('__get__', '__getitem__', '__setitem__')
+    kind = RuntimeError if operator else TypeError
+    return kind(f"{ids}; name the module to mix at instead: at=model.embedding")
 
 def _named(names, *owners): return {getattr(o, n) for n in names.split() for o in owners if hasattr(o, n)}
 
@@ -164,16 +169,19 @@ _made_new |= _named('zeros_like ones_like full_like empty_like', torch)
 _all_of = _named('eq __eq__ lt __lt__ less le __le__ less_equal logical_not isin', torch, Tensor)
 _compares = _all_of | _named('ne __ne__ not_equal gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
 _compares |= _named('bool __invert__', Tensor)
+_orders = _named('lt __lt__ less le __le__ less_equal gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
 _casts = _named('long int short char byte float half double bfloat16 type', Tensor)
 _counts = _named('add sub mul div true_divide floor_divide remainder neg clamp where masked_fill argmax sum mean',
     torch, Tensor)
 _counts |= _named('__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ '
     '__floordiv__ __mod__ __neg__', Tensor)
+_by_operator = 'pow', 'add_', 'sub_', 'mul_', 'div_', 'remainder_', 'floor_divide_', 'pow_'
 _looks_up = {F.embedding, F.embedding_bag, F.one_hot, F.pad}
 _wheres,_sums = _named('where', torch, Tensor),_named('sum mean argmax', torch, Tensor)
 _selects = _named('index_select', torch, Tensor)
 _each = _compares | _casts | (_counts - _wheres - _sums) | _named('gather take_along_dim', torch, Tensor)
-_in_place = _named('__setitem__ masked_fill_ fill_ add_ sub_ clamp_ record_stream', Tensor)
+_in_place = _named('__setitem__ masked_fill_ fill_ add_ sub_ mul_ remainder_ floor_divide_ clamp_ record_stream',
+    Tensor)
 _asks = _named('size dim ndimension numel nelement stride storage_offset element_size '
     'get_device __len__ __repr__ __format__ __hash__ data_ptr untyped_storage', Tensor) | _named(
     'numel', torch)

@@ -148,7 +148,8 @@ def _stages(model):
     weights,last = _weights(model)
     parts,owner = _read(model, weights)
     places = [_place_of(o, owner, weights) for o in parts if not any(m is last for m in o.modules())]
-    if places: return places
+    called = not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in places)
+    if places and called: return places
     children = ', '.join(f'{k} ({type(m).__name__})' for k,m in model.named_children())
     raise ValueError(f"at='stages' finds no list of stages in {type(model).__name__}; "
         f"name them: at=lambda model: [None, ...]. Its children are: {children or 'none'}")
@@ -189,10 +190,19 @@ def find_places(
         if m is not None and not (isinstance(m, nn.Module) and m in inside):
             raise ValueError(f"at: {m!r} is not a module of the learner's model; "
                 "name its modules, None for the input, or a function from the model to such a list")
-        if m is not None and isinstance(rnn := _innermost(m), nn.RNNBase) and not rnn.batch_first:
-            raise ValueError(f"at: {type(rnn).__name__} has its rows on axis 1; build it with batch_first=True")
+        timed = [o for o in (() if m is None else (m, _innermost(m))) if _is_time_first(o)]
+        if timed:
+            raise ValueError(f"at: {type(timed[0]).__name__} has its rows on axis 1; build it with batch_first=True")
     if not places: raise ValueError("at names no place; give at least one module, or None for the input")
     return Places(places, model, xb)
+
+_attends = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, \
+    nn.TransformerDecoder, nn.Transformer
+
+def _is_time_first(m):
+    "Is it one of PyTorch's own that has time on its first axis?"
+    heads = [o for o in m.modules() if isinstance(o, nn.MultiheadAttention)] if isinstance(m, _attends) else []
+    return isinstance(m, nn.RNNBase) and not m.batch_first or any(not o.batch_first for o in heads)
 
 def _shapes(model, places, xb):
     "What is mixed at each place: the shape of its first tensor"

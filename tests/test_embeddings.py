@@ -320,7 +320,8 @@ lost = {
 
 @pytest.mark.parametrize('name', lost)
 def test_shares_that_would_get_lost_are_refused(name):
-    with pytest.raises(TypeError, match='ids of shape .* were mixed, but .*name the module to mix at instead'): lost[name](ragged())
+    with pytest.raises((TypeError, RuntimeError), match='ids of shape .* were mixed, but .*name the module to mix at instead'):
+        lost[name](ragged())
 
 @pytest.mark.parametrize('f', [lambda x: F.embedding_bag(x, table, mode='sum'), lambda x: F.one_hot(x, 13).sum(1).float()@table,
     lambda x: F.one_hot(x, 13).float().sum(1)@table], ids=['bag', 'counts', 'counted numbers'])
@@ -342,3 +343,44 @@ def test_ids_of_the_same_share_come_together():
 @pytest.mark.filterwarnings('ignore:To copy construct')
 def test_a_way_around_does_not_pass_in_silence(f):
     with pytest.raises((IndexError, RuntimeError, TypeError, AttributeError)): f(ragged())
+
+# ---- operators
+
+def joined(f, exact=True):
+    "`f` on mixed ids, and the two results of `f` on the ids and their partners, interpolated"
+    table,ids = torch.nn.Embedding(160, 4),torch.randint(0, 40, (4, 8))
+    mix = Mix(torch.tensor([1,2,3,0]), torch.tensor([.7,.6,.8,.55]))
+    lam = mix.lam.view(-1, 1, 1)
+    return table(f(mix_input(ids.clone(), mix))), lam*table(f(ids.clone()))+(1-lam)*table(f(ids[mix.partner]))
+
+def change(o, op):
+    if op=='%=': o %= 3
+    if op=='*=': o *= 3
+    if op=='//=': o //= 3
+    if op=='+=': o += 3
+    if op=='-=': o -= -3
+
+@pytest.mark.parametrize('op', ['%=', '*=', '//=', '+=', '-='])
+@pytest.mark.parametrize('part', [slice(None), (slice(None), 1), (slice(None), slice(1, 3))], ids=['all', 'column', 'columns'])
+def test_operators_in_place_reach_the_ids_behind_a_view(op, part):
+    def f(x):
+        x = x.clone()
+        change(x[part], op)
+        return x
+    torch.testing.assert_close(*joined(f))
+
+def add_to_plain(x):
+    base = torch.zeros(4, 9, dtype=torch.long)
+    view = base[:,1:]
+    view += x
+
+@pytest.mark.parametrize('f', [add_to_plain, lambda x: x >> 1, lambda x: x & 7, lambda x: 50 // x, lambda x: 7 % x, lambda x: x ** 2])
+def test_what_an_operator_can_not_do_is_refused_in_our_words(f):
+    with pytest.raises(RuntimeError, match='ids of shape .* were mixed, but .*at=model.embedding'): joined(f)
+
+@pytest.mark.parametrize('longer', [torch.lt, torch.Tensor.lt, lambda a, n: a<n, lambda a, n: n>a, lambda a, n: torch.gt(n, a),
+    lambda a, n: ~torch.ge(a, n)])
+def test_a_mixed_row_is_as_long_as_the_longer(longer):
+    "Whichever of the two is asked"
+    sizes = mix_input(torch.tensor([6,5,3,2]), Mix(torch.tensor([1,2,3,0]), torch.tensor([.7,.6,.8,.55])))
+    assert longer(torch.arange(6), sizes[:,None]).sum(1).tolist()==[6,5,3,6]

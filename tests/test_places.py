@@ -208,3 +208,28 @@ def test_a_place_without_tensors_is_refused():
 def test_boxes_at_the_stages_of_pictures():
     learn = plain()
     with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=CutMixCallback(at='stages'))
+
+class TimeFirst(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), 2, enable_nested_tensor=False)
+
+@pytest.mark.parametrize('at', [lambda m: m.body, lambda m: m.body.layers[0], lambda m: m.body.layers[1].self_attn])
+def test_attention_with_time_first_is_refused(at):
+    "Its rows are on axis 1, which a square batch does not show"
+    with pytest.raises(ValueError, match='has its rows on axis 1; build it with batch_first=True'): find_places(at, TimeFirst(False))
+    assert len(find_places(at, TimeFirst(True)))==1
+
+class SideBySide(nn.Module):
+    "Two lists of parts that the model calls one by one"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = (nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2))
+        self.parts = nn.ModuleList([self.a, self.b])
+        self.head = nn.Linear(4, 2)
+
+def test_no_stage_is_a_list_that_is_never_called():
+    try: places = find_places('stages', SideBySide())
+    except ValueError as e: assert 'finds no list of stages' in str(e)
+    else: assert not any(isinstance(o, nn.ModuleList) for o in places)
