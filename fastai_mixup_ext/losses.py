@@ -148,18 +148,22 @@ def _unreduced(f, pred, yb):
     # a compiler can't copy a module; nor would the state of a part come back from its copy
     if torch.compiler.is_compiling() or elsewhere and not _known(f): return _set_to_none(f, pred, yb)
     g = _aside(f) if elsewhere else copy(f)
-    try: g.reduction = 'none'
-    except AttributeError as e:
-        raise TypeError(f"by_row: the reduction of {loss_name(f)} can't be set to 'none'") from e
+    _set_none(g)
     values = g(pred, *yb)
     if not elsewhere: vars(f).update({k:v for k,v in vars(g).items() if k!='reduction' and vars(f).get(k) is not v})
     return values
 
 def _set_to_none(f, pred, yb):
     "The loss itself, unreduced for this call"
-    was,f.reduction = f.reduction,'none'
+    was = f.reduction
+    _set_none(f)
     try: return f(pred, *yb)
     finally: f.reduction = was
+
+def _set_none(f):
+    try: f.reduction = 'none'
+    except AttributeError as e:
+        raise TypeError(f"by_row: the reduction of {loss_name(f)} can't be set to 'none'") from e
 
 def _over_values(f, share, values, y):
     "A share for each of the unreduced `values`"

@@ -764,3 +764,12 @@ def test_labels_out_of_range_and_no_rows(f):
     pred,y,mix = torch.randn(4, 3),torch.tensor([0,1,2,3]),Mix(torch.tensor([1,2,3,0]), torch.rand(4))
     with pytest.raises(ValueError, match='labels must lie between 0 and 2'): mixed_loss(f, pred, y, mix)
     assert mixed_loss(f, pred[:0], y[:0], Mix(mix.partner[:0], mix.lam[:0])).isnan()
+
+class Fixed(nn.Module):
+    @property
+    def reduction(self): return 'mean'
+    def forward(self, pred, y): return F.cross_entropy(pred, y)
+
+def test_a_reduction_that_is_fixed_is_refused():
+    with pytest.raises(TypeError, match="by_row: the reduction of Fixed can't be set to 'none'"):
+        mixed_loss(by_row(Fixed()), torch.randn(4, 3), torch.tensor([0,1,2,1]), Mix(torch.tensor([1,2,3,0]), torch.rand(4)))
