@@ -240,7 +240,7 @@ def _copied(o, memo, whole=False):
         inner = isinstance(o, fastai_loss('BaseLoss'))
         for k,v in vars(o).items(): vars(res)[k] = _copied(v, memo, inner and k=='func')
         hooks = [h for k in ('_forward_hooks', '_forward_pre_hooks') for h in vars(o).get(k, {}).values()]
-        if any(getattr(h, '__closure__', None) for h in hooks): raise TypeError  # caught above: who knows what it changes
+        if any(getattr(h, '__closure__', None) for h in hooks): raise TypeError  # caught above
     return res
 
 def _called(f, pred, yb):
