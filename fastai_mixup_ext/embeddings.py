@@ -53,7 +53,7 @@ def _on_both(func, args, kwargs):
     other = func(*_part(args, 'other'), **_part(kwargs, 'other'))
     if own is None: return                                          # written in place, on both
     if isinstance(own, Tensor) and own.dtype==torch.bool:
-        every = func in _all_of if ours or func not in _orders else func not in _all_of  # 3 < ids is ids > 3
+        every = (func in _all_of)==(ours or func not in _orders)  # 3 < ids is ids > 3
         return own & other if every else own | other
     lam = _shares(func, args, kwargs, own, ids, ours)
     if isinstance(own, Tensor): return _together(own, other, lam)
@@ -166,28 +166,26 @@ _joins = _named('cat concat stack hstack vstack', torch)
 _like = _named('to type_as expand_as view_as reshape_as', Tensor)
 _made_new = _named('new_zeros new_ones new_full new_empty new_tensor', Tensor)
 _made_new |= _named('zeros_like ones_like full_like empty_like', torch)
-_all_of = _named('eq __eq__ lt __lt__ less le __le__ less_equal logical_not isin', torch, Tensor)
-_compares = _all_of | _named('ne __ne__ not_equal gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
-_compares |= _named('bool __invert__', Tensor)
-_orders = _named('lt __lt__ less le __le__ less_equal gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
+_lower = _named('lt __lt__ less le __le__ less_equal', torch, Tensor)
+_orders = _lower | _named('gt __gt__ greater ge __ge__ greater_equal', torch, Tensor)
+_all_of = _lower | _named('eq __eq__ logical_not isin', torch, Tensor)
+_compares = _orders | _all_of | _named('ne __ne__ not_equal', torch, Tensor) | _named('bool __invert__', Tensor)
 _casts = _named('long int short char byte float half double bfloat16 type', Tensor)
-_counts = _named('add sub mul div true_divide floor_divide remainder neg clamp where masked_fill argmax sum mean',
-    torch, Tensor)
+_counts = _named('add sub mul div true_divide floor_divide remainder neg clamp masked_fill', torch, Tensor)
 _counts |= _named('__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ '
     '__floordiv__ __mod__ __neg__', Tensor)
 _by_operator = 'pow', 'add_', 'sub_', 'mul_', 'div_', 'remainder_', 'floor_divide_', 'pow_'
 _looks_up = {F.embedding, F.embedding_bag, F.one_hot, F.pad}
 _wheres,_sums = _named('where', torch, Tensor),_named('sum mean argmax', torch, Tensor)
 _selects = _named('index_select', torch, Tensor)
-_each = _compares | _casts | (_counts - _wheres - _sums) | _named('gather take_along_dim', torch, Tensor)
 _in_place = _named('__setitem__ masked_fill_ fill_ add_ sub_ mul_ remainder_ floor_divide_ clamp_ record_stream',
     Tensor)
 _asks = _named('size dim ndimension numel nelement stride storage_offset element_size '
     'get_device __len__ __repr__ __format__ __hash__ data_ptr untyped_storage', Tensor) | _named(
     'numel', torch)
-_each |= _like | _in_place | _named('__deepcopy__', Tensor)
-_allowed = set().union(_moves, _joins, _like, _made_new, _compares, _casts, _counts, _looks_up, _in_place, _asks,
-    _named('__deepcopy__', Tensor))
+_each = _compares | _casts | _counts | _like | _in_place | _named('gather take_along_dim', torch, Tensor)
+_each |= _named('__deepcopy__', Tensor)
+_allowed = set().union(_moves, _joins, _made_new, _looks_up, _wheres, _sums, _selects, _each, _asks)
 
 # %% ../nbs/api/07_embeddings.ipynb #inputs
 def mix_input(
