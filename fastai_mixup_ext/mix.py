@@ -148,12 +148,12 @@ def _interpolates(x): return x.is_floating_point() or x.is_complex() or x.dtype=
 
 def _kept(x, res, own, pure):
     "`res`, with the whole rows, which are few, as they are in `x`. An accelerator is not waited for to say how many"
-    if x.device.type!='cpu' or torch.compiler.is_compiling(): return _select(x, res, own==1, pure)
-    try: none = bool(own.max()<1)
+    looks = x.device.type=='cpu' and not torch.compiler.is_compiling()
+    try:
+        if looks and own.max()<1: return res
     except torch.cuda.OutOfMemoryError: raise
-    except RuntimeError: return _select(x, res, own==1, pure)  # under vmap there is an answer for each copy
-    if none: return res
-    if pure or x.itemsize==1: return _select(x, res, own==1, pure)  # float8 has no index_copy
+    except RuntimeError: looks = False  # under vmap there is an answer for each copy
+    if pure or not looks or x.itemsize==1: return _select(x, res, own==1, pure)  # float8 has no index_copy
     rows = (own==1).flatten().nonzero().flatten()
     if x.nbytes<2**15*len(x): return res.index_copy_(0, rows, x.index_select(0, rows))
     for i in rows.tolist(): res[i].copy_(x[i])  # large ones without a detour
