@@ -55,21 +55,20 @@ def unchanged(
     return type(f) is cls or all(getattr(type(f), k, None) is getattr(cls, k, None) for k in computes)
 
 def as_classes(
-    f:Callable, # Any loss
-    **more # What is known of it from outside
+    f:Callable # Any loss
 )->Classes|None:
     "`f` as a member of the cross-entropy family; None: it is none, or it refuses its own settings when it is called"
-    spec = _described(f, more)
+    spec = _described(f)
     return spec if spec and spec.reduction in ('mean', 'sum', 'none') and 0<=spec.eps<=1 else None
 
-def _described(f, more):
+def _described(f, **more):
     if isinstance(f, fastai_loss('CrossEntropyLossFlat', 'LabelSmoothingCrossEntropyFlat')):
         known = unchanged(f, *fastai_loss('BaseLoss')) and f.flatten and f.is_2d and not f.floatify
-        return _described(f.func, dict(axis=f.axis, flat=True)) if known else None
+        return _described(f.func, axis=f.axis, flat=True) if known else None
     if isinstance(f, partial):
         names = {'weight':'weight', 'ignore_index':'ignore_index', 'reduction':'reduction', 'label_smoothing':'eps'}
         known = not f.args and inspect.isroutine(f.func) and set(f.keywords)<=set(names)
-        return _described(f.func, {names[k]:v for k,v in f.keywords.items()}) if known else None
+        return _described(f.func, **{names[k]:v for k,v in f.keywords.items()}) if known else None
     if unchanged(f, nn.CrossEntropyLoss):
         return Classes(f.weight, f.ignore_index, f.reduction, f.label_smoothing, **more)
     if unchanged(f, nn.NLLLoss): return Classes(f.weight, f.ignore_index, f.reduction, logits=False, **more)

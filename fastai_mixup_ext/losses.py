@@ -95,9 +95,9 @@ def _marked(f):
     if isinstance(f, partial): return not hasattr(f.func, 'reduction') and _marked(f.func)
     if inspect.isfunction(f):
         marked = vars(f).get('mixes_by_row') in (id(f), id(getattr(f, '_torchdynamo_orig_callable', None)))
-        return marked and _reduction(f) in ('mean', 'sum', 'none')
-    owner = next((o for o in (f, *type(f).__mro__) if 'mixes_by_row' in getattr(o, '__dict__', ())), None)
-    marked = owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
+    else:
+        owner = next((o for o in (f, *type(f).__mro__) if 'mixes_by_row' in getattr(o, '__dict__', ())), None)
+        marked = owner is not None and owner.mixes_by_row is True and (owner is f or unchanged(f, owner))
     return marked and _reduction(f) in ('mean', 'sum', 'none')
 
 def _known(f):
