@@ -187,12 +187,13 @@ def find_places(
     places = [places] if places is None or isinstance(places, nn.Module) else list(places)
     inside = set(model.modules())
     for m in places:
-        if m is not None and not (isinstance(m, nn.Module) and m in inside):
+        if m is None: continue
+        if not (isinstance(m, nn.Module) and m in inside):
             raise ValueError(f"at: {m!r} is not a module of the learner's model; "
                 "name its modules, None for the input, or a function from the model to such a list")
-        timed = [o for o in (() if m is None else (m, _innermost(m))) if _is_time_first(o)]
-        if timed:
-            raise ValueError(f"at: {type(timed[0]).__name__} has its rows on axis 1; build it with batch_first=True")
+        for o in m, _innermost(m):
+            if not _is_time_first(o): continue
+            raise ValueError(f"at: {type(o).__name__} has its rows on axis 1; build it with batch_first=True")
     if not places: raise ValueError("at names no place; give at least one module, or None for the input")
     return Places(places, model, xb)
 
@@ -201,8 +202,9 @@ _attends = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEnco
 
 def _is_time_first(m):
     "Is it one of PyTorch's own that has time on its first axis?"
+    if isinstance(m, nn.RNNBase): return not m.batch_first
     heads = [o for o in m.modules() if isinstance(o, nn.MultiheadAttention)] if isinstance(m, _attends) else []
-    return isinstance(m, nn.RNNBase) and not m.batch_first or any(not o.batch_first for o in heads)
+    return any(not o.batch_first for o in heads)
 
 def _shapes(model, places, xb):
     "What is mixed at each place: the shape of its first tensor"
