@@ -38,9 +38,8 @@ __all__ = ['At', 'MixCallback', 'mixing_callback', 'MixUpCallback', 'CutMixCallb
 class _Loss:
     "What is known of a loss, worked out once: a cold Python call costs as much as a small operator"
     def __init__(self, func):
-        self.func,self.numbers = func,func is not None and takes_numbers(func)
-        self.rows = func is not None and (self.numbers or is_by_row(func))
-        self.looks = self.numbers or func is not None and takes_signs(func)
+        self.func,self.numbers = func,takes_numbers(func)
+        self.rows,self.looks = self.numbers or is_by_row(func),self.numbers or takes_signs(func)
 
 class _Live:
     "What the callback knows about the current batch"

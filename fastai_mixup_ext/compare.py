@@ -121,7 +121,7 @@ class Comparison:
             return paired(*([v[s] for s in pairs[o]] for v in (found[o], base)), *[self.noise]*(o in self.steady))
         self.effects = {o: effect(o) for o in self.names if o!=self.baseline}
         own = [e.sd**2 for e in self.effects.values() if e.sd>=0]
-        if own and not rows: self.noise = float(np.mean(own)),0
+        if own and not rows: self.noise = float(np.mean(own)),0  # nothing is shared: on average, for what can be seen
         self.ps = dict(zip(self.effects, holm([e.p for e in self.effects.values()]).tolist()))
 
     def values(self,
@@ -266,7 +266,7 @@ def _size(self:Comparison, effect):
 def _none(self:Comparison):
     "Why no candidate is suggested"
     verdicts = [self.verdict(o) for o,e in self.effects.items() if e.n]
-    if len(self._lost())==len(self.values(self.baseline)): return self._diverged()
+    if self._lost()==len(self.values(self.baseline)): return self._diverged()
     if not verdicts: return 'no other candidate has finished a run with a seed that it finished'
     if UNSURE not in verdicts: return self._all_worse()
     if max(e.n for e in self.effects.values())<2:
@@ -278,8 +278,8 @@ def _none(self:Comparison):
 
 @patch
 def _lost(self:Comparison):
-    "Seeds with which the baseline diverged"
-    return [s for s,v in self.values(self.baseline).items() if not math.isfinite(v)]
+    "How many runs of the baseline diverged"
+    return sum(not math.isfinite(v) for v in self.values(self.baseline).values())
 
 @patch
 def _diverged(self:Comparison):
@@ -375,8 +375,8 @@ def remarks(self:Comparison)->list:
     elif wild:
         out.append(f"Varies far more than the others, so its interval is from its own runs alone: {', '.join(wild)}.")
     if lost := self._lost():
-        runs = f'{len(lost)} of {len(self.values(self.baseline))} runs'
-        out.append(f'{self.baseline} diverged in {runs}; their pairs are left out.')
+        of = len(self.values(self.baseline))
+        out.append(f'{self.baseline} diverged in {lost} of {of} runs; their pairs are left out.')
     if self.gap:
         losses = f'loss {self.gap[0]:.3g} on training rows, {self.gap[1]:.3g} on validation rows'
         out.append(f'{self.baseline}: {losses}, both in eval mode and unmixed.')
